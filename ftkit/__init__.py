@@ -1,0 +1,10 @@
+"""ftkit: learn fine-tuning by measuring it.
+
+Nothing is imported here, so that ``import ftkit`` is free; take what you need from its modules::
+
+    from ftkit.data import load_text
+    from ftkit.models import load_classifier
+    from ftkit.training import TrainSettings, fit
+"""
+
+__version__ = "0.1.0"
