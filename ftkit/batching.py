@@ -1,0 +1,82 @@
+"""Which rows go together in a batch: rows of similar length, so that little of a batch is padding."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ftkit.data import collate
+
+POOL_BATCHES = 50  # sorted together: enough to waste little padding, few enough to stay random in a large set
+
+
+def row_lengths(rows: Any) -> NDArray[np.int64]:
+    """Length of each row's sequence (tokens, or the first dimension of whatever the rows hold), shape (N,).
+
+    Args:
+        rows: a datasets.Dataset or any sequence of dicts. Rows without a sequence all have length 1.
+    """
+    first = rows[0]
+    sequences = [key for key in ("input_ids", "attention_mask") if key in first]
+    if not sequences:
+        return np.ones(len(rows), dtype=np.int64)
+    column = rows[sequences[0]] if hasattr(rows, "column_names") else (row[sequences[0]] for row in rows)
+    return np.array([len(sequence) for sequence in column])
+
+
+def training_batches(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+    """Cut one epoch into shuffled batches of similar length, each row in exactly one.
+
+    The rows are shuffled, sorted by length within pools of ``POOL_BATCHES`` batches, cut, and the batches
+    shuffled. The order depends on seed and epoch alone, so that a resumed run meets the same batches.
+
+    Args:
+        lengths: tokens of each row, shape (N,).
+        batch_size: rows a batch; the last batch of the epoch's rows may be smaller.
+        seed, epoch: give the order.
+
+    Returns:
+        Row numbers, an array a batch.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    pool = batch_size * POOL_BATCHES
+    batches = []
+    for start in range(0, len(order), pool):
+        rows = order[start : start + pool]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def evaluation_batches(lengths: NDArray[np.int64], batch_size: int) -> Iterator[NDArray[np.int64]]:
+    """Cut rows into batches, the longest first: what does not fit in memory fails at once."""
+    order = np.argsort(-lengths, kind="stable")
+    return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+
+
+def row_labels(rows: Any) -> list[int]:
+    """The label of each row."""
+    return list(rows["labels"]) if hasattr(rows, "column_names") else [int(row["labels"]) for row in rows]
+
+
+def make_batch(
+    model: nn.Module, rows: Any, indices: NDArray[np.int64], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The rows of those numbers, padded to the longest of them, on the device.
+
+    Args:
+        model: its config names the token that pads.
+        rows: a datasets.Dataset or any sequence of dicts.
+        indices: row numbers, shape (B,).
+        device: where the batch is wanted.
+    """
+    pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
+    numbers = indices.tolist()
+    # a datasets.Dataset gives many rows in one call, far faster than one by one
+    chosen = rows.__getitems__(numbers) if hasattr(rows, "__getitems__") else [rows[i] for i in numbers]
+    batch = collate(chosen, {"input_ids": pad_token_id or 0, "labels": -100})
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -1,0 +1,188 @@
+"""What a training run is to those who watch or steer it: its history, its state, and the callbacks of the loop."""
+
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ftkit.training import TrainSettings
+
+
+@dataclass
+class History:
+    """What happened in a run.
+
+    Attributes:
+        steps: a dict a step: step (from 1), loss, lr, grad_norm (before clipping).
+        epochs: a dict an epoch: epoch (from 1), train_loss, and with a validation split validation_loss and
+            validation_accuracy.
+        best_epoch: the epoch best on validation; None where there is no validation split.
+        ended: "finished", "stopped" (by a callback) or "interrupted" (Ctrl-C).
+        trainable_parameters: number of parameters that training changed.
+        seconds: wall-clock time of the run.
+        peak_rss_mib: highest resident memory of the process meanwhile, in MiB.
+    """
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int | None = None
+    ended: str = "finished"
+    trainable_parameters: int = 0
+    seconds: float = 0.0
+    peak_rss_mib: float = 0.0
+
+    def __repr__(self) -> str:
+        last = self.epochs[-1] if self.epochs else {}
+        scores = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in last.items() if name != "epoch")
+        best = f", best epoch {self.best_epoch}" if self.best_epoch else ""
+        return f"{self.ended} after {len(self.steps)} steps{best}; last epoch: {scores or 'not reached its end'}"
+
+
+@dataclass
+class Run:
+    """A run in progress, as callbacks see it; what they change in it takes effect.
+
+    Attributes:
+        model: the network, not wrapped.
+        data: the splits that ``fit`` was given.
+        settings: likewise.
+        optimizer: each parameter group has an ``initial_lr``, its own peak rate.
+        total_steps: optimiser steps the run will take.
+        step: steps taken.
+        history: what happened so far.
+        best_weights: trainable weights and buffers of the best epoch so far.
+        stop: set it to end after this step.
+    """
+
+    model: nn.Module
+    data: Mapping[str, Any]
+    settings: "TrainSettings"
+    optimizer: torch.optim.Optimizer
+    total_steps: int
+    step: int = 0
+    history: History = field(default_factory=History)
+    best_weights: dict[str, Tensor] | None = None
+    stop: bool = False
+
+
+class Callback:
+    """Is called by the loop; override what you need."""
+
+    def on_start(self, run: Run) -> None:
+        """Before the first step."""
+
+    def on_step(self, run: Run) -> None:
+        """After each optimiser step."""
+
+    def on_epoch(self, run: Run) -> None:
+        """After each epoch and its validation."""
+
+
+class EarlyStopping(Callback):
+    """End a run whose validation has not improved for ``patience`` epochs (Prechelt, 1998)."""
+
+    def __init__(self, patience: int = 2) -> None:
+        self.patience = patience
+
+    def on_start(self, run: Run) -> None:
+        self.on_epoch(run)  # a resumed run may have come to its end already
+
+    def on_epoch(self, run: Run) -> None:
+        best, epochs = run.history.best_epoch, len(run.history.epochs)
+        run.stop = run.stop or (best is not None and epochs - best >= self.patience)
+
+
+class Checkpoint(Callback):
+    """Write the whole state of the run to a file, and resume from it.
+
+    A run that is killed, at whatever moment, and started again with the same settings ends on the CPU with
+    bit-identical weights. Give it first, so that other callbacks meet the resumed run.
+
+    Args:
+        path: the file; its folder is made. It is replaced in one move, so that a crash leaves the old one whole.
+        every: optimiser steps between two writes; the end of an epoch is always written.
+    """
+
+    def __init__(self, path: str | Path, every: int = 100) -> None:
+        self.path, self.every = Path(path), every
+
+    def on_start(self, run: Run) -> None:
+        """Resume, if the file is there.
+
+        Raises:
+            ValueError: it belongs to a run with other settings or rows.
+        """
+        if not self.path.exists():
+            return
+        state = torch.load(self.path, weights_only=True)
+        for name, value in self._identity(run).items():
+            if state["identity"].get(name) != value:
+                raise ValueError(
+                    f"The checkpoint {self.path.name} is of a run with {name}={state['identity'].get(name)}, "
+                    f"this one has {value}: use another file, or delete it to start anew."
+                )
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.step, run.best_weights = state["step"], state["best_weights"]
+        vars(run.history).update(state["history"])
+        _set_chance(state["chance"])
+        print(f"Resumed at step {run.step} of {run.total_steps}.")
+
+    def on_step(self, run: Run) -> None:
+        if run.step % self.every == 0:
+            self._write(run)
+
+    def on_epoch(self, run: Run) -> None:
+        self._write(run)
+
+    def _write(self, run: Run) -> None:
+        state = {
+            "identity": self._identity(run),
+            "model": run.model.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "step": run.step,
+            "best_weights": run.best_weights,
+            "history": asdict(run.history),
+            "chance": _chance(),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @staticmethod
+    def _identity(run: Run) -> dict[str, Any]:
+        settings = run.settings.model_dump()
+        return {**settings, "total_steps": run.total_steps, "training rows": len(run.data["train"])}
+
+
+def _chance() -> dict[str, Any]:
+    """The state of every random generator that training draws from, in types that a safe load accepts."""
+    kind, keys, *position = np.random.get_state()  # noqa: NPY002, the global generator that libraries use
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, keys.tolist(), *position],
+        "python": random.getstate(),
+    }
+
+
+def _set_chance(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(tuple(state["numpy"]))  # noqa: NPY002
+    random.setstate(state["python"])

@@ -1,0 +1,81 @@
+"""The gradient of one optimiser step, however its rows are cut into batches and spread over processes."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812, the name every PyTorch reader knows
+
+from ftkit.batching import make_batch
+from ftkit.callbacks import Run
+
+
+class Penalty(Protocol):
+    """A term that is added to the loss."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], outputs: Any) -> Tensor:
+        """The term for one batch, a scalar; over the batches of a step it is averaged by their rows."""
+
+
+def accumulate_gradients(
+    accelerator: Accelerator,
+    wrapped: nn.Module,
+    run: Run,
+    group: list[Any],
+    class_weights: Tensor | None,
+    penalties: Sequence[Penalty],
+) -> float:
+    """Add up the gradients of one step's batches as if they were one large batch; returns its mean loss.
+
+    Each batch's summed loss is divided by the weight of the whole group, so that it does not matter how the rows
+    are cut into batches and spread over processes, nor that a last batch is small.
+    """
+    mine = group[accelerator.process_index :: accelerator.num_processes]
+    idle = not mine  # an epoch's last step may not have a batch for every process: this one then adds nothing
+    batches = [make_batch(run.model, run.data["train"], rows, accelerator.device) for rows in mine or group[:1]]
+    weights = torch.stack([_weight(batch["labels"], class_weights) for batch in batches])
+    total_weight = accelerator.reduce(weights.sum() * (not idle), "sum")
+    total_rows = sum(len(rows) for rows in group)
+    mean_loss = torch.zeros((), device=accelerator.device)
+    for i, batch in enumerate(batches):
+        with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(wrapped):
+            inputs = {k: v for k, v in batch.items() if k != "labels"} if _one_class_a_row(batch["labels"]) else batch
+            outputs = wrapped(**inputs)
+            loss = _summed_loss(outputs, batch["labels"], class_weights, run.settings.label_smoothing) / total_weight
+            for penalty in penalties:
+                loss = loss + penalty(run.model, batch, outputs) * len(batch["labels"]) / total_rows
+            loss = loss * (not idle)
+            mean_loss += loss.detach()
+            accelerator.backward(loss * accelerator.num_processes)  # processes average their gradients
+    return float(accelerator.reduce(mean_loss, "sum"))
+
+
+def _one_class_a_row(labels: Tensor) -> bool:
+    return labels.ndim == 1 and not labels.is_floating_point()
+
+
+def _weight(labels: Tensor, class_weights: Tensor | None) -> Tensor:
+    """What a batch counts for in the mean loss: its rows, or the summed weights of their classes."""
+    if class_weights is not None and _one_class_a_row(labels):
+        return class_weights[labels].sum()
+    return torch.tensor(float(len(labels)), device=labels.device)
+
+
+def _summed_loss(outputs: Any, labels: Tensor, class_weights: Tensor | None, smoothing: float) -> Tensor:
+    """Cross-entropy summed over rows; where labels are not one class a row, the model's own mean loss times rows."""
+    if not _one_class_a_row(labels):
+        return outputs.loss * len(labels)
+    return F.cross_entropy(
+        outputs.logits.float(), labels, weight=class_weights, label_smoothing=smoothing, reduction="sum"
+    )
+
+
+def make_class_weights(setting: str | Sequence[float] | None, labels: Sequence[int]) -> Tensor | None:
+    """The weight of each class, shape (C,); "balanced" is N / (C n_c), as in scikit-learn."""
+    if setting == "balanced":
+        counts = torch.bincount(torch.tensor(labels)).float()
+        return counts.sum() / (len(counts) * counts)
+    return None if setting is None else torch.tensor(setting)

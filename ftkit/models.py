@@ -1,0 +1,212 @@
+"""A network and its tokenizer, by asset name, hub id or folder."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from ftkit import assets
+
+
+class ModelError(ValueError):
+    """A model can't be had as asked; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where to compute and how precisely, with the reason.
+
+    Attributes:
+        device: "cuda", "mps" or "cpu".
+        precision: "fp32", "bf16" or "fp16": what pays on that device.
+        reason: one line for the reader.
+    """
+
+    device: torch.device
+    precision: str
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def choose_device() -> Device:
+    """Choose CUDA, else MPS, else the CPU (always the CPU if ``ACCELERATE_USE_CPU=1``), and the precision."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}:
+        why = "ACCELERATE_USE_CPU is set"
+    elif torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Device(torch.device("cuda"), "bf16", f"cuda ({name}), bf16: it has units for it, and no overflow")
+        return Device(torch.device("cuda"), "fp16", f"cuda ({name}), fp16 with loss scaling: it has no bf16 units")
+    elif torch.backends.mps.is_available():
+        return Device(torch.device("mps"), "fp32", "mps (Apple GPU), fp32: the precision that is safe there")
+    else:
+        why = "no CUDA or MPS device found"
+    threads = torch.get_num_threads()
+    return Device(torch.device("cpu"), "fp32", f"cpu, {threads} threads ({why}), fp32: bf16 is slower on most CPUs")
+
+
+def load_classifier(
+    name_or_path: str | Path,
+    labels: int | Sequence[str],
+    *,
+    pretrained: bool = True,
+    dropout: float | None = None,
+    seed: int = 0,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a network with a classification head of the right size, and its tokenizer.
+
+    Args:
+        name_or_path: an asset ("minilm"), a folder that ``save`` or ``save_pretrained`` wrote, or a hub id.
+        labels: the number of classes, or their names in order.
+        pretrained: False gives the same architecture with random weights, for training from scratch.
+        dropout: probability for every dropout layer of the network; None leaves the checkpoint's.
+        seed: of the weights that are not in the checkpoint (the head; everything, from scratch).
+
+    Returns:
+        The model in float32 on the device that ``choose_device`` names, in eval mode, and the tokenizer.
+
+    Raises:
+        ModelError: no such model, or it can't classify text.
+    """
+    names = [f"class {i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
+    if len(names) < 2:
+        raise ModelError(f"A classifier needs at least 2 classes, not {len(names)}: check the label column.")
+    source, options = _locate(name_or_path)
+    with _plain_errors(name_or_path), _quiet(), _seeded(seed):
+        label2id = {label: i for i, label in enumerate(names)}
+        config = AutoConfig.from_pretrained(source, id2label=dict(enumerate(names)), label2id=label2id, **options)
+        if dropout is not None:
+            _set_dropout(config, dropout)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if pretrained:
+            how = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                source, ignore_mismatched_sizes=True, **how, **options
+            )
+        else:
+            model, info = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32), None
+    if info is not None:
+        _say_what_is_new(model, info, name_or_path)
+    if model.config.pad_token_id is None:  # GPT-like models: they classify from the last token that is no padding
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to(choose_device().device).eval(), tokenizer
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Count parameters, shared ones once: those that training changes, and all."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
+    """Save model, head and tokenizer so that plain transformers, or ``load_classifier``, loads them.
+
+    Args:
+        folder: made if need be; what it holds of an earlier save is replaced.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    with _quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load what ``save`` wrote: the same head, the same label names, identical logits.
+
+    Raises:
+        ModelError: the folder does not hold a saved classifier.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ModelError(f"There is no saved model in {str(folder)!r}: give the folder that save() returned.")
+    config = AutoConfig.from_pretrained(folder)
+    return load_classifier(folder, [config.id2label[i] for i in range(config.num_labels)])
+
+
+def _locate(name_or_path: str | Path) -> tuple[str, dict[str, bool]]:
+    """Where from_pretrained finds a model: the folder of an asset, a folder, or the hub."""
+    if str(name_or_path) in assets.names():
+        asset = assets.get(str(name_or_path))
+        if asset.kind not in {"text-encoder", "language-model"}:
+            raise ModelError(f"The asset {asset.name!r} is of kind {asset.kind!r}, not a text model: use minilm.")
+        return str(assets.fetch(asset.name)), {"local_files_only": True}
+    if Path(name_or_path).is_dir():
+        return str(name_or_path), {"local_files_only": True}
+    if isinstance(name_or_path, Path) or str(name_or_path).count("/") != 1:
+        known = ", ".join(assets.names("text-encoder") + assets.names("language-model"))
+        raise ModelError(
+            f"There is no model {str(name_or_path)!r}: give an asset ({known}), a folder, or a hub id like owner/name."
+        )
+    return str(name_or_path), {"local_files_only": assets.offline()}
+
+
+def _set_dropout(config: object, dropout: float) -> None:
+    """Set every dropout probability a config has; their names differ from family to family."""
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float | int) and not isinstance(value, bool):
+            setattr(config, name, dropout)
+
+
+def _say_what_is_new(model: PreTrainedModel, info: dict[str, object], name: str | Path) -> None:
+    """Name weights that the checkpoint lacks; a new head is expected, anything below it is not."""
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    new = sorted({*info["missing_keys"], *mismatched})
+    body = [key for key in new if key.startswith(model.base_model_prefix + ".")]
+    if len(new) > len(body):
+        print(f"{name}: new head, not yet trained ({', '.join(key for key in new if key not in body)})")
+    if body:
+        some = ", ".join(body[:4])
+        print(f"{name}: {len(body)} weights below the head are not in the checkpoint and start at random: {some}")
+
+
+@contextlib.contextmanager
+def _plain_errors(name: str | Path) -> Iterator[None]:
+    """Turn what from_pretrained raises for a model that is not there into one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        hint = "FTKIT_OFFLINE is set: unset it, or" if assets.offline() else "check the name and the network, or"
+        raise ModelError(
+            f"The model {str(name)!r} can't be loaded ({first}): {hint} use an asset like minilm."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' load reports and bars out of a notebook; what matters in them we say ourselves."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw new weights from this seed and leave the global chance as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,260 @@
+"""Executing a notebook with parameters, and the results that it leaves.
+
+A run is a folder ``OUT/<run id>/`` with the executed ``notebook.ipynb``, the ``metrics.json`` that the notebook
+wrote through `save_metrics` and, if asked for, a ``report.html`` (`ftkit.report`).
+"""
+
+import ast
+import difflib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftkit.execution import execute
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TIERS = ("smoke", "cpu", "gpu")
+COLUMNS = ("accuracy", "95 % interval", "seeds", "trainable parameters", "seconds", "peak memory (MiB)")
+
+
+@dataclass
+class Run:
+    """One execution of a notebook.
+
+    ``changed`` maps each parameter that was given another value than its default to (default, value); ``settings``
+    and ``metrics`` are the two parts of metrics.json, None where the notebook did not come so far; ``error`` is one
+    line, None if the run finished; ``peak_rss_mib`` is the kernel's, its child processes included.
+    """
+
+    id: str
+    folder: Path
+    notebook: Path
+    tier: str
+    started: datetime
+    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    settings: dict[str, Any] | None = None
+    metrics: dict[str, dict[str, Any]] | None = None
+    error: str | None = None
+    seconds: float = 0.0
+    peak_rss_mib: float = 0.0
+    report: Path | None = None
+
+    @property
+    def executed(self) -> Path:
+        """The executed copy of the notebook."""
+        return self.folder / "notebook.ipynb"
+
+
+def run_notebook(
+    notebook: str | Path,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    tier: str = "cpu",
+    out: str | Path = "runs",
+    html: bool = False,
+    progress: bool = True,
+) -> Run:
+    """Execute a notebook with papermill, on this interpreter and in the current folder.
+
+    Relative paths among the parameters therefore mean what they mean to the caller. A cell that fails, a kernel
+    that dies and Ctrl-C end the run, not the caller: what was executed is kept, and ``Run.error`` says what happened.
+
+    Args:
+        notebook: a path, or the name of a notebook in ``notebooks/``.
+        parameters: values for names of the notebook's `parameters` cell.
+        tier: smoke, cpu or gpu; the notebook's parameter of that name.
+        out: folder that the run's own folder is made in.
+        html: also write ``report.html``.
+        progress: show a bar on stderr: cells done, and the heading of the one that runs.
+
+    Raises:
+        FileNotFoundError: no such notebook.
+        ValueError: an unknown tier or parameter, or a file that is no notebook; nothing has run.
+    """
+    source = find_notebook(notebook)
+    if tier not in TIERS:
+        raise ValueError(f"Unknown tier {tier!r}: did you mean {_nearest(tier, TIERS)!r}? {_listed(TIERS)}.")
+    given = {"tier": tier, **(parameters or {})}
+    defaults = default_parameters(source)
+    for name in given:
+        if name not in defaults:  # papermill would only warn, and run for minutes with the default
+            nearest = f": did you mean {_nearest(name, defaults)!r}? {_listed(defaults)}" if defaults else ""
+            raise ValueError(f"Notebook {source.stem} has no parameter {name!r}{nearest}.")
+    run = _new_run(source, given, Path(out))
+    run.changed = {
+        name: (defaults[name], value)
+        for name, value in given.items()
+        if name != "tier" and value != defaults[name]
+    }
+    env = {"FTKIT_RUN_DIR": str(run.folder), "FTKIT_TIER": given["tier"]}
+    run.error, run.seconds, run.peak_rss_mib = execute(
+        source, run.executed, given, env=env, progress=progress
+    )
+    written = run.folder / "metrics.json"
+    if written.exists():
+        record = json.loads(written.read_text(encoding="utf-8"))
+        run.settings, run.metrics = record["settings"], record["metrics"]
+    if html:
+        from ftkit.report import write_report
+
+        run.report = write_report(run)
+    return run
+
+
+def find_notebook(name: str | Path) -> Path:
+    """The absolute path of a notebook given by path or by name.
+
+    Raises:
+        FileNotFoundError: it is neither a file nor a name in ``notebooks/``; the message has the nearest name.
+    """
+    folders = (Path(), Path("notebooks"), Path(__file__).parents[1] / "notebooks")
+    file = Path(name) if Path(name).suffix == ".ipynb" else Path(f"{name}.ipynb")
+    for folder in folders:
+        if (folder / file).is_file():
+            return (folder / file).resolve()
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.ipynb")})
+    hint = (
+        f"did you mean {_nearest(file.stem, known)!r}? {_listed(known)}" if known else "give the path of one"
+    )
+    raise FileNotFoundError(f"No notebook {str(name)!r}: {hint}.")
+
+
+def default_parameters(notebook: Path) -> dict[str, Any]:
+    """Names and defaults of the cell tagged `parameters`; a default that is no literal is given as its source text.
+
+    Raises:
+        ValueError: the file is no notebook, or its `parameters` cell is no Python.
+    """
+    import nbformat
+
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+        tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+        # parsed here since papermill's own reader gives up on a line whose comment has a "="
+        statements = ast.parse(tagged[0] if tagged else "").body
+    except (ValueError, AttributeError, SyntaxError, nbformat.ValidationError) as error:
+        raise ValueError(
+            f"{notebook.name} can't be read as a notebook: {str(error).splitlines()[0]}."
+        ) from error
+    defaults = {}
+    for statement in statements:
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
+            target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
+            try:
+                defaults[ast.unparse(target)] = ast.literal_eval(statement.value)
+            except ValueError:
+                defaults[ast.unparse(target)] = ast.unparse(statement.value)
+    return defaults
+
+
+def save_metrics(
+    settings: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], *, folder: str | Path | None = None
+) -> Path:
+    """Write a notebook's results as ``metrics.json``, whole or not at all; called by the notebook itself.
+
+    Args:
+        settings: the settings that the results were got with.
+        metrics: for each method ``accuracy``, ``ci95`` (low, high), ``seeds`` (a list), ``trainable_parameters``,
+            ``seconds`` and ``peak_rss_mib``; None where a figure makes no sense.
+        folder: where to; by default the run's folder, or ``runs/interactive`` when a person runs the notebook.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+        TypeError: a value has no JSON form.
+    """
+    if folder is None:
+        # JupyterLab starts kernels in notebooks/, which is to hold notebooks only
+        here = Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()
+        folder = os.environ.get("FTKIT_RUN_DIR") or here / "runs" / "interactive"
+    record = {"settings": _plain(settings, "settings"), "metrics": _plain(metrics, "metrics")}
+    path = Path(folder) / "metrics.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"metrics.json.{os.getpid()}")
+    unfinished.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def results_table(metrics: Mapping[str, Mapping[str, Any]]) -> "pd.DataFrame":
+    """The results as people read them: a row a method, `COLUMNS` as text, a dash for what there is no figure for."""
+    import pandas as pd
+
+    def shown(value: Any, form: str) -> str:
+        return "–" if value is None else form.format(value)
+
+    rows = []
+    for method in metrics.values():
+        seeds, ci95 = method.get("seeds"), method.get("ci95")
+        rows.append(
+            (
+                shown(method.get("accuracy"), "{:.3f}"),
+                shown(ci95, "{0[0]:.3f} to {0[1]:.3f}"),
+                shown(len(seeds) if isinstance(seeds, list | tuple) else seeds, "{}"),
+                shown(method.get("trainable_parameters"), "{:,}"),
+                shown(method.get("seconds"), "{:,.1f}"),
+                shown(method.get("peak_rss_mib"), "{:,.0f}"),
+            )
+        )
+    return pd.DataFrame(rows, index=[name.replace("_", " ") for name in metrics], columns=list(COLUMNS))
+
+
+def format_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """`results_table` for a terminal: aligned plain text, no trailing newline."""
+    return results_table(metrics).to_string()
+
+
+def _plain(value: Any, where: str) -> Any:
+    """``value`` as plain JSON; ``where`` names it in errors."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays, tensors
+        return _plain(value.tolist(), where)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(
+            f"{where} is {value}: metrics.json holds finite numbers only, or None for no figure."
+        )
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise TypeError(
+        f"{where} is a {type(value).__name__}, which has no JSON form: give a number, text or list."
+    )
+
+
+def _new_run(source: Path, given: dict[str, Any], out: Path) -> Run:
+    """Make a folder of its own for the run: its id is unique also among processes that start in the same second."""
+    started = datetime.now().astimezone()
+    digest = hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:6]
+    first = f"{source.stem}-{started:%Y%m%d-%H%M%S}-{digest}"
+    out.mkdir(parents=True, exist_ok=True)
+    attempt = 1
+    while True:
+        run_id = first if attempt == 1 else f"{first}-{attempt}"
+        try:
+            (out / run_id).mkdir()  # atomic: of several processes one gets it
+        except FileExistsError:
+            attempt += 1
+        else:
+            return Run(run_id, (out / run_id).resolve(), source, given["tier"], started)
+
+
+def _nearest(name: str, names: Any) -> str:
+    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
+
+
+def _listed(names: Any) -> str:
+    return "It can be " + ", ".join(names)

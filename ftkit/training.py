@@ -1,0 +1,259 @@
+"""The one training loop: ``fit`` and ``evaluate``.
+
+The loop knows no method. A method changes the model beforehand, adds a *penalty* to the loss, or is a *callback*.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812, the name every PyTorch reader knows
+
+from ftkit.batching import evaluation_batches, make_batch, row_labels, row_lengths, training_batches
+from ftkit.callbacks import Callback, History, Run
+from ftkit.gradients import Penalty, accumulate_gradients, make_class_weights
+from ftkit.meter import Meter
+from ftkit.metrics import Evaluation
+from ftkit.models import choose_device, count_parameters
+from ftkit.progress import Bar
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the message says where it stopped, the likely cause and what to do."""
+
+
+class TrainSettings(BaseModel):
+    """What a reader can turn about one training run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate of AdamW")
+    num_epochs: int = Field(3, ge=1, le=1000, description="passes over the training rows")
+    batch_size: int = Field(16, ge=1, le=4096, description="rows a forward pass")
+    accumulation: int = Field(1, ge=1, le=1024, description="batches whose gradients make one step")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="learning rate after warm-up")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps over which the rate rises from 0")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW's; biases and norms are left out")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability spread over all classes")
+    class_weights: Literal["balanced"] | tuple[float, ...] | None = Field(
+        None, description="weight of each class in the loss; balanced: inverse to its frequency"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: what pays on the device")
+    keep_best: bool = Field(True, description="end with the weights of the epoch best on validation")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of the order of rows and of dropout")
+
+
+def fit(
+    model: nn.Module,
+    data: Mapping[str, Any],
+    settings: TrainSettings,
+    *,
+    penalties: Sequence[Penalty] = (),
+    callbacks: Sequence[Callback] = (),
+) -> History:
+    """Train a model in place, and leave it in eval mode.
+
+    Args:
+        model: called as ``model(**batch)``, gives an object with ``logits`` of shape (B, C); where the labels are
+            not one class a row it is given them too, and its own mean ``loss`` is used. What has
+            ``requires_grad`` is trained.
+        data: rows by split, as ``encode`` makes them: "train" and, if there is one, "validation". A row is a dict of
+            numbers and sequences, ``labels`` among them.
+        settings: see TrainSettings.
+        penalties: terms added to the loss.
+        callbacks: called in this order.
+
+    Returns:
+        The history. After Ctrl-C too: the model then has the weights of the last whole step.
+
+    Raises:
+        TrainingError: a loss that is not finite, memory that does not suffice, nothing to train.
+    """
+    accelerator = _accelerator(settings.precision)
+    set_seed(settings.seed)
+    wrapped = accelerator.prepare_model(model)
+    optimizer = accelerator.prepare_optimizer(make_optimizer(model, settings))
+    lengths = row_lengths(data["train"])
+    class_weights = make_class_weights(settings.class_weights, row_labels(data["train"]))
+    if class_weights is not None:
+        class_weights = class_weights.to(accelerator.device)
+
+    batches_a_step = settings.accumulation * accelerator.num_processes
+    steps_an_epoch = math.ceil(math.ceil(len(lengths) / settings.batch_size) / batches_a_step)
+    run = Run(model, data, settings, optimizer, total_steps=steps_an_epoch * settings.num_epochs)
+    bar = Bar(run.total_steps, "training")
+    meter = Meter()
+    try:
+        with meter:
+            for callback in callbacks:
+                callback.on_start(run)
+            for epoch in range(len(run.history.epochs), settings.num_epochs):
+                if run.stop:
+                    break
+                model.train()
+                batches = training_batches(lengths, settings.batch_size, settings.seed, epoch)
+                groups = [batches[i : i + batches_a_step] for i in range(0, len(batches), batches_a_step)]
+                for group in groups[run.step - epoch * steps_an_epoch :]:
+                    rate = lr_factor(run.step, run.total_steps, settings)
+                    for parameters in optimizer.param_groups:
+                        parameters["lr"] = parameters["initial_lr"] * rate
+                    with _plain_errors(run, group):
+                        loss = accumulate_gradients(accelerator, wrapped, run, group, class_weights, penalties)
+                        _require_finite("loss", loss, run, group)
+                        trained = [p for parameters in optimizer.param_groups for p in parameters["params"]]
+                        grad_norm = float(accelerator.clip_grad_norm_(trained, settings.max_grad_norm))
+                        if accelerator.scaler is None:  # with fp16 an overflow is expected: that step is skipped
+                            _require_finite("gradient norm", grad_norm, run, group)
+                        optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    run.step += 1
+                    run.history.steps.append(
+                        {"step": run.step, "loss": loss, "lr": settings.lr * rate, "grad_norm": grad_norm}
+                    )
+                    bar.update(run.step, f"loss {loss:.3f}")
+                    for callback in callbacks:
+                        callback.on_step(run)
+                    if run.stop:
+                        break
+                if run.step == (epoch + 1) * steps_an_epoch:
+                    _end_epoch(run, steps_an_epoch)
+                    for callback in callbacks:
+                        callback.on_epoch(run)
+            run.history.ended = "stopped" if run.stop else "finished"
+            if settings.keep_best and run.best_weights is not None:
+                model.load_state_dict(run.best_weights, strict=False)
+    except KeyboardInterrupt:
+        run.history.ended = "interrupted"
+        print(f"Interrupted after step {run.step} of {run.total_steps}: the model has the weights of that step.")
+    finally:
+        bar.close()
+        optimizer.zero_grad(set_to_none=True)
+        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        vars(model).pop("_is_accelerate_prepared", None)  # or the next fit would keep the precision of this one
+        model.eval()
+    run.history.seconds, run.history.peak_rss_mib = meter.seconds, meter.peak_rss_mib
+    run.history.trainable_parameters = count_parameters(model)[0]
+    return run.history
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, rows: Any, *, batch_size: int = 64) -> Evaluation:
+    """Classify labelled rows in eval mode; the model is left in the mode it was in.
+
+    Args:
+        model: as for ``fit``.
+        rows: one split of what ``encode`` makes, N rows.
+        batch_size: rows a forward pass; it changes memory and time, not the result.
+
+    Returns:
+        Labels, probabilities and loss, and all that follows from them; rows in the order they were given.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    logits: list[Tensor] = [torch.empty(0)] * len(rows)
+    try:
+        for indices in evaluation_batches(row_lengths(rows), batch_size):
+            batch = make_batch(model, rows, indices, device)
+            del batch["labels"]
+            for i, row in zip(indices, model(**batch).logits.float().cpu(), strict=True):
+                logits[i] = row
+    finally:
+        model.train(was_training)
+    scores, labels = torch.stack(logits), torch.tensor(row_labels(rows))
+    return Evaluation(labels.numpy(), scores.double().softmax(-1).numpy(), F.cross_entropy(scores, labels).item())
+
+
+def lr_factor(step: int, total_steps: int, settings: TrainSettings) -> float:
+    """Share of the peak learning rate at a step (from 0): linear warm-up from 0, then the schedule down to 0."""
+    warmup_steps = math.ceil(settings.warmup * total_steps)
+    if step < warmup_steps:
+        return step / warmup_steps
+    if settings.schedule == "constant":
+        return 1.0
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) over what requires a gradient; vectors (biases, norms) do not decay.
+
+    Raises:
+        TrainingError: every parameter is frozen.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise TrainingError("There is nothing to train: all parameters are frozen; set requires_grad on some of them.")
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [{**group, "initial_lr": settings.lr} for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)  # fused: on the CPU too, it is the fastest
+
+
+def _end_epoch(run: Run, steps_an_epoch: int) -> None:
+    """Validate, and keep the weights if they are the best so far (the first of equals)."""
+    history = run.history
+    losses = [step["loss"] for step in history.steps[-steps_an_epoch:]]
+    row = {"epoch": len(history.epochs) + 1, "train_loss": sum(losses) / len(losses)}
+    if "validation" in run.data:
+        evaluation = evaluate(run.model, run.data["validation"])
+        row |= {"validation_loss": evaluation.loss, "validation_accuracy": evaluation.accuracy}
+        best = max((epoch["validation_accuracy"] for epoch in history.epochs), default=-1.0)
+        if evaluation.accuracy > best:
+            history.best_epoch = row["epoch"]
+            if run.settings.keep_best:
+                frozen = {name for name, p in run.model.named_parameters() if not p.requires_grad}
+                weights = run.model.state_dict()
+                run.best_weights = {name: weights[name].clone() for name in weights if name not in frozen}
+    history.epochs.append(row)
+
+
+def _accelerator(precision: str) -> Accelerator:
+    """Accelerate's view of device, precision and processes, made anew for each run."""
+    if precision == "auto":
+        precision = choose_device().precision
+    AcceleratorState._reset_state()  # it is global, and would refuse another precision than the last run's
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+
+
+def _require_finite(what: str, value: float, run: Run, group: list[Any]) -> None:
+    if math.isfinite(value):
+        return
+    numbers = [str(int(i)) for rows in group for i in rows]
+    rows = ", ".join(numbers[:8]) + (", …" if len(numbers) > 8 else "")
+    if run.step == 0:
+        cause = "the rows or the starting weights hold values that are not finite: check them"
+    else:
+        cause = f"the learning rate is probably too high: try lr={run.settings.lr / 10:g}"
+    raise TrainingError(
+        f"The {what} is {value} at step {run.step + 1} of {run.total_steps} (training rows {rows}); {cause}."
+    )
+
+
+@contextmanager
+def _plain_errors(run: Run, group: list[Any]) -> Iterator[None]:
+    """Say what to do when memory runs out."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        said = str(error).lower()
+        known = ("can't allocate memory", "not enough memory", "out of memory")
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(words in said for words in known):
+            raise
+        size, settings = max(len(rows) for rows in group), run.settings
+        advice = (
+            f"try batch_size={max(1, size // 2)} with accumulation={settings.accumulation * 2}, which trains the same"
+            if size > 1
+            else "try shorter texts (max_length) or a smaller model"
+        )
+        raise TrainingError(f"Out of memory at step {run.step + 1} with {size} rows a batch: {advice}.") from error
