@@ -24,6 +24,7 @@ FILE_TYPES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 TEXT_NAMES = ("text", "sentence", "review", "content", "tweet", "comment", "document", "article", "message")
 LABEL_NAMES = ("label", "labels", "sentiment", "class", "category", "target", "topic", "intent", "stars")
 UNQUOTED = {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False, "encoding": "utf-8"}
+_ENTITY = re.compile(r"&(?:#\d+|\w+);")
 
 Table = tuple[pd.DataFrame, list[str]]  # and notes on it
 Reading = tuple[pd.DataFrame, list[str], dict[str, str]]  # and the card, as fields of DatasetInfo
@@ -34,10 +35,11 @@ class DataError(ValueError):
 
 
 def _decode_entities(table: pd.DataFrame) -> str:
-    """Turn "&amp;", "&lt;" and "&gt;" in the texts, which come from web pages, into "&", "<" and ">"."""
-    found = table["text"].str.contains(r"&(?:amp|lt|gt);")
-    table.loc[found, "text"] = table.loc[found, "text"].map(html.unescape)
-    return f"HTML entities decoded in {found.sum():,} texts"
+    """Turn "&amp;", which web pages write for "&", into "&" and so on; the sources encode some texts twice."""
+    before = table["text"]
+    for _ in range(2):
+        table["text"] = table["text"].str.replace(_ENTITY, lambda match: html.unescape(match[0]), regex=True)
+    return f"HTML entities decoded in {(table['text'] != before).sum():,} texts"
 
 
 def _rated_sentences(path: Path) -> Table:
@@ -46,9 +48,8 @@ def _rated_sentences(path: Path) -> Table:
     notes = [f"{len(table):,} rows read", _decode_entities(table)]
     clear = table["rating"].abs() >= 0.5
     notes.append(f"{(~clear).sum():,} rows left out (mean rating nearer to 0 than 0.5)")
-    table = table[clear].reset_index(drop=True)
-    table.insert(1, "label", ["positive" if rating > 0 else "negative" for rating in table["rating"]])
-    return table, notes
+    label = ["positive" if rating > 0 else "negative" for rating in table["rating"]]
+    return table.assign(label=label)[clear].reset_index(drop=True)[["text", "label", "rating"]], notes
 
 
 def _orange_tables(folder: Path, stem: str) -> Table:
@@ -63,7 +64,7 @@ def _orange_tables(folder: Path, stem: str) -> Table:
 def _article_folders(folder: Path) -> Table:
     """One folder for each class, one article for each file."""
     rows, latin = [], 0
-    for path in sorted(folder.glob("*/*.txt"), key=lambda path: path.parts[-2:]):
+    for path in sorted(folder.glob("*/*.txt")):
         content = path.read_bytes()
         try:
             text = content.decode("utf-8")
@@ -84,11 +85,10 @@ def _rated_tweets(path: Path) -> Table:
     table = pd.read_csv(path, encoding="latin-1", keep_default_na=False)
     table = table.rename(columns={"sentiment": "label"})[["text", "label", "confidence"]]
     table["confidence"] = pd.to_numeric(table["confidence"])
-    entities = _decode_entities(table)
     damaged = ~table["text"].map(str.isascii)
     table["text"] = [_DAMAGED.sub(" ", _APOSTROPHE.sub("'", text)) for text in table["text"]]
     repaired = f"characters damaged at the source (emoji, curly quotes) removed from {damaged.sum():,} texts"
-    return table, [f"{len(table):,} rows read", entities, repaired]
+    return table, [f"{len(table):,} rows read", repaired, _decode_entities(table)]
 
 
 def _reviews_by_line(folder: Path) -> Table:
@@ -251,7 +251,7 @@ def read_hub(source: str, text: str | None = None, label: str | None = None) -> 
         loaded = datasets.load_dataset(name, config or None)
     except Exception as error:  # the hub, its cache and its formats fail in many ways
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DataError(f"'{source}' did not load from the hub ({reason}): check name and network") from error
+        raise DataError(f"'{source}' did not load from the hub ({reason}): check name and network") from None
     frames, published = [], [split for split in SPLITS if split in loaded]
     if not published:
         raise DataError(f"'{source}' has the splits {', '.join(loaded)}, but none of {', '.join(SPLITS)}")

@@ -27,8 +27,8 @@ def write_report(run: Run) -> Path:
     machine, versions, time and memory. The executed notebook follows, its code folded, its equations as MathML.
     """
     notebook = nbformat.read(run.executed, as_version=4)
-    if run.error:  # the rest never ran, and would claim what nothing backs
-        notebook.cells = [cell for cell in notebook.cells if cell.metadata.papermill.get("start_time")]
+    if run.error:  # what never ran would claim what nothing backs; papermill's own notes of the error go too
+        notebook.cells = [cell for cell in notebook.cells if cell.metadata.get("papermill", {}).get("start_time")]
     body = _body(notebook, folder=run.notebook.parent)
     heading = body.find("h1")
     title = heading.extract().get_text().strip() if heading else run.notebook.stem
@@ -61,12 +61,7 @@ def _body(notebook: nbformat.NotebookNode, folder: Path) -> BeautifulSoup:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if _is_static(output)]
-    # empty cells say nothing; papermill's own note of an error is said better by the summary
-    notebook.cells = [
-        cell
-        for cell in notebook.cells
-        if cell.source.strip() and "papermill-error-cell-tag" not in cell.metadata.get("tags", [])
-    ]
+    notebook.cells = [cell for cell in notebook.cells if cell.source.strip()]
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.log.setLevel("ERROR")
     exporter.register_filter("markdown2html", _markdown_filter(folder))
@@ -86,6 +81,9 @@ def _body(notebook: nbformat.NotebookNode, folder: Path) -> BeautifulSoup:
         fold.insert(0, summary)
     for table in page.select("table"):
         table.attrs.pop("border", None)
+        for cell in table.select("td, tbody th"):
+            if len(cell.get_text()) < 20:  # numbers and names stay on one line, sentences wrap
+                cell["class"] = "short"
         table.wrap(page.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))  # keys scroll it too
     return page
 

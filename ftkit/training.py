@@ -105,7 +105,7 @@ def fit(
                     rate = lr_factor(run.step, run.total_steps, settings)
                     for parameters in optimizer.param_groups:
                         parameters["lr"] = parameters["initial_lr"] * rate
-                    with _plain_errors(run, group):
+                    with _plain_errors(run):
                         loss = accumulate_gradients(accelerator, wrapped, run, group, class_weights, penalties)
                         _require_finite("loss", loss, run, group)
                         trained = [p for parameters in optimizer.param_groups for p in parameters["params"]]
@@ -241,7 +241,7 @@ def _require_finite(what: str, value: float, run: Run, group: list[Any]) -> None
 
 
 @contextmanager
-def _plain_errors(run: Run, group: list[Any]) -> Iterator[None]:
+def _plain_errors(run: Run) -> Iterator[None]:
     """Say what to do when memory runs out."""
     try:
         yield
@@ -250,10 +250,8 @@ def _plain_errors(run: Run, group: list[Any]) -> Iterator[None]:
         known = ("can't allocate memory", "not enough memory", "out of memory")
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(words in said for words in known):
             raise
-        size, settings = max(len(rows) for rows in group), run.settings
-        advice = (
-            f"try batch_size={max(1, size // 2)} with accumulation={settings.accumulation * 2}, which trains the same"
-            if size > 1
-            else "try shorter texts (max_length) or a smaller model"
-        )
+        size, batches = run.settings.batch_size, run.settings.accumulation
+        advice = f"try batch_size={size // 2} with accumulation={batches * 2}, which trains the same"
+        if size == 1:
+            advice = "try shorter texts (max_length) or a smaller model"
         raise TrainingError(f"Out of memory at step {run.step + 1} with {size} rows a batch: {advice}.") from error
