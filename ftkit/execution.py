@@ -61,9 +61,7 @@ def execute(
         message = (failure.evalue.strip().splitlines() or [""])[0].rstrip(".")
         error = f"{failure.ename}: {message} ({steps.where})".replace(": (", " (")
     except DeadKernelError:
-        error = (
-            f"The kernel died, most likely out of memory: try a smaller batch or fewer rows ({steps.where})"
-        )
+        error = f"The kernel died, most likely out of memory: try a smaller batch or fewer rows ({steps.where})"
     except KeyboardInterrupt:
         if not target.exists():
             raise
@@ -119,9 +117,7 @@ class _Steps:
                 titles = [line.lstrip("#") for line in cell.source.splitlines() if line.startswith("#")]
                 heading = titles[-1].strip() if titles else heading
             self.headings.append(heading)
-        self.bar.total = sum(
-            cell.cell_type == "code" and bool(cell.source.strip()) for cell in notebook.cells
-        )
+        self.bar.total = sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in notebook.cells)
 
     def on_cell_execute(self, cell: "NotebookNode", cell_index: int) -> None:
         heading = self.headings[cell_index]

@@ -52,9 +52,7 @@ def _revision() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", "__init__.py"
-        )  # not some repository that a .venv happens to lie in
+        git("ls-files", "--error-unmatch", "__init__.py")  # not some repository that a .venv happens to lie in
         modified = " (modified)" if git("status", "--porcelain") else ""
         return git("rev-parse", "--short=10", "HEAD") + modified
     except (OSError, subprocess.CalledProcessError):

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 import nbformat
-from bs4 import BeautifulSoup, Tag
+from bs4 import BeautifulSoup
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
@@ -143,7 +143,7 @@ def _duration(seconds: float) -> str:
 
 
 def _without_paths(page: str) -> str:
-    """Cut folders off the absolute paths in the text of a page (tracebacks, parameters): they name the machine's user."""
+    """Cut the folders off absolute paths in the text of a page (tracebacks, parameters): they may name a person."""
     soup = BeautifulSoup(page, "html.parser")
     known = sorted({str(Path.cwd()), str(Path.home())} - {"/"}, key=len, reverse=True)
     for text in soup.find_all(string=True):

@@ -90,14 +90,10 @@ def run_notebook(
             raise ValueError(f"Notebook {source.stem} has no parameter {name!r}{nearest}.")
     run = _new_run(source, given, Path(out))
     run.changed = {
-        name: (defaults[name], value)
-        for name, value in given.items()
-        if name != "tier" and value != defaults[name]
+        name: (defaults[name], value) for name, value in given.items() if name != "tier" and value != defaults[name]
     }
     env = {"FTKIT_RUN_DIR": str(run.folder), "FTKIT_TIER": given["tier"]}
-    run.error, run.seconds, run.peak_rss_mib = execute(
-        source, run.executed, given, env=env, progress=progress
-    )
+    run.error, run.seconds, run.peak_rss_mib = execute(source, run.executed, given, env=env, progress=progress)
     written = run.folder / "metrics.json"
     if written.exists():
         record = json.loads(written.read_text(encoding="utf-8"))
@@ -121,9 +117,7 @@ def find_notebook(name: str | Path) -> Path:
         if (folder / file).is_file():
             return (folder / file).resolve()
     known = sorted({path.stem for folder in folders for path in folder.glob("*.ipynb")})
-    hint = (
-        f"did you mean {_nearest(file.stem, known)!r}? {_listed(known)}" if known else "give the path of one"
-    )
+    hint = f"did you mean {_nearest(file.stem, known)!r}? {_listed(known)}" if known else "give the path of one"
     raise FileNotFoundError(f"No notebook {str(name)!r}: {hint}.")
 
 
@@ -141,9 +135,7 @@ def default_parameters(notebook: Path) -> dict[str, Any]:
         # parsed here since papermill's own reader gives up on a line whose comment has a "="
         statements = ast.parse(tagged[0] if tagged else "").body
     except (ValueError, AttributeError, SyntaxError, nbformat.ValidationError) as error:
-        raise ValueError(
-            f"{notebook.name} can't be read as a notebook: {str(error).splitlines()[0]}."
-        ) from error
+        raise ValueError(f"{notebook.name} can't be read as a notebook: {str(error).splitlines()[0]}.") from error
     defaults = {}
     for statement in statements:
         if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
@@ -225,14 +217,10 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(
-            f"{where} is {value}: metrics.json holds finite numbers only, or None for no figure."
-        )
+        raise ValueError(f"{where} is {value}: metrics.json holds finite numbers only, or None for no figure.")
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    raise TypeError(
-        f"{where} is a {type(value).__name__}, which has no JSON form: give a number, text or list."
-    )
+    raise TypeError(f"{where} is a {type(value).__name__}, which has no JSON form: give a number, text or list.")
 
 
 def _new_run(source: Path, given: dict[str, Any], out: Path) -> Run:
