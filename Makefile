@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 LOCK := requirements.lock
 
-.PHONY: help setup report test lint lab bench lock clean
+.PHONY: help setup report test lint lab bench lock
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -15,9 +15,9 @@ setup: $(STAMP)  ## make .venv with the locked versions and the package
 
 $(STAMP): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ftkit needs Python 3.11 or newer; this is " + sys.version.split()[0] + ": call make with PYTHON=python3.11")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --progress-bar on -r $(LOCK)
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r $(LOCK)
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
 	@touch $@
 
 report: $(STAMP)  ## notebook 01 on real film reviews, as an HTML report
@@ -40,6 +40,3 @@ bench: $(STAMP)  ## every benchmark, one after the other; leave the machine idle
 lock:  ## resolve requirements.lock anew from pyproject.toml (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-annotate --no-header \
 	  --constraint <(echo torch==2.13.0) pyproject.toml | grep -vE '^(nvidia-|cuda-|triton)' > $(LOCK)
-
-clean:  ## remove the environment and what runs wrote
-	rm -rf $(VENV) runs

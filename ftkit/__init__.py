@@ -8,3 +8,5 @@ Nothing is imported here, so that ``import ftkit`` is free; take what you need f
 """
 
 __version__ = "0.1.0"
+
+TIERS = ("smoke", "cpu", "gpu")  # seconds for tests; two cores and 8 minutes; a hub-size model on a GPU

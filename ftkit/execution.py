@@ -37,7 +37,7 @@ def execute(
     from jupyter_core.utils import run_sync
     from nbclient.exceptions import DeadKernelError
 
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would say is in `error`
     kernel = _kernel(env)
     steps = _Steps(progress)
     memory = _PeakMemory(kernel, steps)
@@ -59,7 +59,7 @@ def execute(
         )
     except papermill.PapermillExecutionError as failure:
         message = (failure.evalue.strip().splitlines() or [""])[0].rstrip(".")
-        error = f"{failure.ename}: {message} ({steps.where})".replace(": (", " (")
+        error = f"{failure.ename}{': ' if message else ''}{message} ({steps.where})"
     except DeadKernelError:
         error = f"The kernel died, most likely out of memory: try a smaller batch or fewer rows ({steps.where})"
     except KeyboardInterrupt:

@@ -166,12 +166,10 @@ def _set_dropout(config: object, dropout: float) -> None:
 
 
 def _say_what_is_new(model: PreTrainedModel, info: dict[str, object], name: str | Path) -> None:
-    """Name weights that the checkpoint lacks; a new head is expected, anything below it is not."""
+    """Name weights below the head that the checkpoint lacks; that the head is new goes without saying."""
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     new = sorted({*info["missing_keys"], *mismatched})
     body = [key for key in new if key.startswith(model.base_model_prefix + ".")]
-    if len(new) > len(body):
-        print(f"{name}: new head, not yet trained ({', '.join(key for key in new if key not in body)})")
     if body:
         some = ", ".join(body[:4])
         print(f"{name}: {len(body)} weights below the head are not in the checkpoint and start at random: {some}")

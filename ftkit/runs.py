@@ -16,12 +16,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftkit import TIERS
 from ftkit.execution import execute
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TIERS = ("smoke", "cpu", "gpu")
 COLUMNS = ("accuracy", "95 % interval", "seeds", "trainable parameters", "seconds", "peak memory (MiB)")
 
 
@@ -80,9 +80,10 @@ def run_notebook(
         ValueError: an unknown tier or parameter, or a file that is no notebook; nothing has run.
     """
     source = find_notebook(notebook)
+    given = {"tier": tier, **(parameters or {})}
+    tier = str(given["tier"])
     if tier not in TIERS:
         raise ValueError(f"Unknown tier {tier!r}: did you mean {_nearest(tier, TIERS)!r}? {_listed(TIERS)}.")
-    given = {"tier": tier, **(parameters or {})}
     defaults = default_parameters(source)
     for name in given:
         if name not in defaults:  # papermill would only warn, and run for minutes with the default
@@ -92,7 +93,7 @@ def run_notebook(
     run.changed = {
         name: (defaults[name], value) for name, value in given.items() if name != "tier" and value != defaults[name]
     }
-    env = {"FTKIT_RUN_DIR": str(run.folder), "FTKIT_TIER": given["tier"]}
+    env = {"FTKIT_RUN_DIR": str(run.folder), "FTKIT_TIER": tier}
     run.error, run.seconds, run.peak_rss_mib = execute(source, run.executed, given, env=env, progress=progress)
     written = run.folder / "metrics.json"
     if written.exists():
@@ -119,6 +120,13 @@ def find_notebook(name: str | Path) -> Path:
     known = sorted({path.stem for folder in folders for path in folder.glob("*.ipynb")})
     hint = f"did you mean {_nearest(file.stem, known)!r}? {_listed(known)}" if known else "give the path of one"
     raise FileNotFoundError(f"No notebook {str(name)!r}: {hint}.")
+
+
+def assets_of(notebook: Path) -> list[str]:
+    """Names of the assets that a notebook reads with its default parameters, as its metadata lists them."""
+    import nbformat
+
+    return list(nbformat.read(notebook, as_version=4).metadata.get("ftkit", {}).get("assets", []))
 
 
 def default_parameters(notebook: Path) -> dict[str, Any]:

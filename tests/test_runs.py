@@ -64,9 +64,7 @@ def write_notebook(path: Path, *cells: str) -> Path:
     parameters = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
     made = [new_markdown_cell("# A tiny notebook"), parameters]
     made += [new_markdown_cell(c) if re.match("#+ ", c) else new_code_cell(c) for c in cells]
-    # a kernelspec that exists nowhere: what runs has to be this interpreter all the same
-    elsewhere = {"kernelspec": {"name": "python3", "display_name": "of another machine", "language": "python"}}
-    nbformat.write(new_notebook(cells=made, metadata=elsewhere), path)
+    nbformat.write(new_notebook(cells=made), path)
     return path
 
 
@@ -80,7 +78,13 @@ def run(folder: Path) -> Run:
     """A run that finished, with its report; it has all that a report must cope with."""
     (folder / "near.png").write_bytes(base64.b64decode(PIXEL))
     notebook = write_notebook(folder / "tiny.ipynb", IDEA, f"PIXEL = {PIXEL!r}\n{OUTPUTS}", "", "# Again a title")
-    return run_notebook(notebook, {"lr": 3e-4}, tier="smoke", out=folder / "out", html=True, progress=False)
+    other = folder / "jupyter" / "kernels" / "python3"  # a kernelspec of another interpreter, found before ours
+    other.mkdir(parents=True)
+    spec = {"argv": ["no-such-python", "{connection_file}"], "display_name": "other", "language": "python"}
+    (other / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
+        return run_notebook(notebook, {"lr": 3e-4}, tier="smoke", out=folder / "out", html=True, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +115,8 @@ def test_unknown_names_are_refused_before_anything_runs(tmp_path: Path) -> None:
         run_notebook(notebook, {"lrr": 1}, out=tmp_path / "out")
     assert "\n" not in str(refused.value)
     with pytest.raises(ValueError, match="did you mean 'smoke'"):
-        run_notebook(notebook, tier="smok", out=tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="'no_such"):
+        run_notebook(notebook, {"tier": "smok"}, out=tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"No notebook .*no_such\.ipynb"):
         run_notebook(tmp_path / "no_such.ipynb", out=tmp_path / "out")
     (tmp_path / "text.ipynb").write_text("not a notebook", encoding="utf-8")
     with pytest.raises(ValueError, match=r"text\.ipynb can't be read as a notebook"):
@@ -143,7 +147,7 @@ def test_a_failing_cell_keeps_what_ran(failed: Run) -> None:
 
 def test_a_kernel_that_dies_is_an_error_of_the_run(tmp_path: Path) -> None:
     notebook = write_notebook(tmp_path / "dies.ipynb", "import os; os._exit(1)", "print('later')")
-    run = run_notebook(notebook, out=tmp_path / "out", html=True, progress=False)
+    run = run_notebook(notebook, out=tmp_path / "out {x}", html=True, progress=False)  # no placeholder: a name
     assert run.error.startswith("The kernel died")
     assert run.error in BeautifulSoup(run.report.read_text(encoding="utf-8"), "html.parser").get_text()
 

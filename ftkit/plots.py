@@ -1,0 +1,170 @@
+"""Every figure of the kit: colours that the colour-blind tell apart, alt text, the plotted numbers one click away."""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure as MatplotlibFigure
+from numpy.typing import ArrayLike
+
+from ftkit.callbacks import History
+
+# Okabe and Ito (2008): distinct to the common forms of colour blindness
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": plt.cycler(color=COLOURS),
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 11,
+    "figure.dpi": 110,
+}
+
+
+class Figure:
+    """A drawn figure as a notebook shows it: picture with alt text, and a table that opens on a click.
+
+    Args:
+        drawn: the matplotlib figure; it is rendered and closed.
+        alt: what there is to see, for those who don't see it.
+        table: the plotted numbers.
+    """
+
+    def __init__(self, drawn: MatplotlibFigure, alt: str, table: pd.DataFrame) -> None:
+        buffer = io.BytesIO()
+        drawn.savefig(buffer, format="png", bbox_inches="tight")
+        plt.close(drawn)
+        self.png, self.alt, self.table = buffer.getvalue(), alt, table
+
+    def __repr__(self) -> str:
+        return f"[figure: {self.alt}]"
+
+    def _repr_html_(self) -> str:
+        picture = base64.b64encode(self.png).decode("ascii")
+        numbers = self.table.to_html(border=0, float_format="{:.3f}".format)
+        return (
+            f'<img alt="{html.escape(self.alt)}" src="data:image/png;base64,{picture}" style="max-width: 100%">'
+            f"<details><summary>the numbers</summary>{numbers}</details>"
+        )
+
+
+def scores(metrics: Mapping[str, Mapping[str, Any]], *, axis: str = "accuracy on the test rows") -> Figure:
+    """A dot with its 95 % interval for each method, from the dict that goes into metrics.json."""
+    names = [name.replace("_", " ") for name in metrics]
+    values = [method["accuracy"] for method in metrics.values()]
+    low, high = zip(*(method["ci95"] for method in metrics.values()), strict=True)
+    with plt.rc_context(STYLE):
+        drawn, ax = plt.subplots(figsize=(7, 0.55 * len(names) + 0.9))
+        ax.errorbar(values, range(len(names)), xerr=_arms(values, low, high), fmt="o", capsize=4, markersize=7)
+        for i, value in enumerate(values):
+            ax.annotate(f"{value:.2f}", (value, i), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9)
+        ax.set(yticks=range(len(names)), yticklabels=names, xlabel=f"{axis} (dot: mean over seeds; bar: 95 % interval)")
+        ax.set_ylim(len(names) - 0.4, -0.7)
+    told = ", ".join(f"{name} {value:.2f}" for name, value in zip(names, values, strict=True))
+    table = pd.DataFrame({"accuracy": values, "low": low, "high": high}, index=names)
+    return Figure(drawn, f"Accuracy with 95 % interval: {told}.", table)
+
+
+def learning_curves(runs: Mapping[str, Sequence[History]]) -> Figure:
+    """Training loss by step and validation accuracy by epoch, a thin line for each seed of each method."""
+    with plt.rc_context(STYLE):
+        drawn, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+        rows = []
+        for colour, (name, histories) in zip(COLOURS, runs.items(), strict=False):
+            for seed, history in enumerate(histories):
+                label = name.replace("_", " ") if seed == 0 else None
+                losses = pd.Series([step["loss"] for step in history.steps])
+                smooth = losses.rolling(10, min_periods=1).mean()
+                left.plot(losses.index + 1, smooth, color=colour, alpha=0.8, lw=1.5, label=label)
+                epochs = [epoch["epoch"] for epoch in history.epochs]
+                accuracies = [epoch["validation_accuracy"] for epoch in history.epochs]
+                right.plot(epochs, accuracies, "o-", color=colour, alpha=0.8, label=label)
+                rows += [{"method": name, "run": seed, **epoch} for epoch in history.epochs]
+        left.set(xlabel="optimiser step", ylabel="training loss in nats (mean of the last 10 steps)", ylim=(0, None))
+        right.set(xlabel="epoch", ylabel="validation accuracy")
+        right.set_xticks(sorted({row["epoch"] for row in rows}))
+        left.legend(frameon=False)
+    last = {name: np.mean([h.epochs[-1]["validation_accuracy"] for h in histories]) for name, histories in runs.items()}
+    told = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in last.items())
+    alt = f"Training loss by step and validation accuracy by epoch; mean accuracy after the last epoch: {told}."
+    return Figure(drawn, alt, pd.DataFrame(rows).set_index(["method", "run", "epoch"]))
+
+
+def confusion(counts: ArrayLike, names: Sequence[str]) -> Figure:
+    """A confusion matrix: true class by row, predicted class by column; the shade is the share of the row.
+
+    Args:
+        counts: shape (C, C).
+        names: of the C classes.
+    """
+    counts = np.asarray(counts)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = 1.6 + 0.8 * len(names)
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        drawn, ax = plt.subplots(figsize=(side + 0.6, side))
+        ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for (i, j), count in np.ndenumerate(counts):
+            ax.text(j, i, f"{count:,}", ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
+        ticks = range(len(names))
+        ax.set(xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names, xlabel="predicted", ylabel="true")
+        ax.tick_params(axis="x", rotation=45 if len(names) > 3 else 0)
+    right = counts.trace() / counts.sum()
+    alt = f"Confusion matrix of {counts.sum():,} rows; {right:.0%} lie on the diagonal."
+    return Figure(drawn, alt, pd.DataFrame(counts, index=names, columns=names))
+
+
+def trend(
+    x: Sequence[float],
+    accuracies: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+    *,
+    xlabel: str,
+    reference: tuple[str, float] | None = None,
+) -> Figure:
+    """Accuracy against a quantity on a logarithmic axis, with intervals.
+
+    Args:
+        x: positive values of the quantity.
+        accuracies, intervals: one for each.
+        xlabel: name and unit of the quantity.
+        reference: name and accuracy of a baseline, drawn as a dashed line.
+    """
+    low, high = zip(*intervals, strict=True)
+    with plt.rc_context(STYLE):
+        drawn, ax = plt.subplots(figsize=(6.5, 3.6))
+        ax.errorbar(x, accuracies, yerr=_arms(accuracies, low, high), fmt="o-", capsize=4)
+        if reference:
+            ax.axhline(reference[1], ls="--", color="0.4")
+            ax.annotate(reference[0], (min(x), reference[1]), xytext=(0, 4), textcoords="offset points", color="0.3")
+        ax.set(xscale="log", xlabel=xlabel, ylabel="accuracy (bar: 95 % interval)")
+        ax.set_xticks(x, [f"{value:g}" for value in x])
+        ax.minorticks_off()
+    told = ", ".join(f"{value:g}: {accuracy:.2f}" for value, accuracy in zip(x, accuracies, strict=True))
+    table = pd.DataFrame({xlabel: x, "accuracy": accuracies, "low": low, "high": high}).set_index(xlabel)
+    return Figure(drawn, f"Accuracy by {xlabel}. {told}.", table)
+
+
+def schedule(rates: Mapping[str, Sequence[float]]) -> Figure:
+    """Learning rate by optimiser step, a line a schedule."""
+    with plt.rc_context(STYLE):
+        drawn, ax = plt.subplots(figsize=(6.5, 2.8))
+        for name, values in rates.items():
+            ax.plot(range(1, len(values) + 1), values, label=name)
+        ax.set(xlabel="optimiser step", ylabel="learning rate")
+        ax.legend(frameon=False)
+    peaks = ", ".join(f"{name} peaks at {max(values):g}" for name, values in rates.items())
+    return Figure(drawn, f"Learning rate by step: {peaks}.", pd.DataFrame(rates).rename_axis("step"))
+
+
+def _arms(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
+    """Lengths of error bars to both sides."""
+    return [
+        [value - end for value, end in zip(values, low, strict=True)],
+        [end - value for value, end in zip(values, high, strict=True)],
+    ]
