@@ -38,5 +38,5 @@ bench: $(STAMP)  ## every benchmark, one after the other; leave the machine idle
 
 # torch brings the CUDA packages that fit it where pip finds its CUDA build: they are not ours to pin.
 lock:  ## resolve requirements.lock anew from pyproject.toml (needs uv)
-	uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-annotate --no-header \
-	  --constraint <(echo torch==2.13.0) pyproject.toml | grep -vE '^(nvidia-|cuda-|triton)' > $(LOCK)
+	@pins=$$(uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-annotate --no-header \
+	  --constraint <(echo torch==2.13.0) pyproject.toml) && grep -vE '^(nvidia-|cuda-|triton)' <<<"$$pins" > $(LOCK)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from unearth import Link
     from unearth.fetchers import PyPIClient
 
-PYPI = "https://pypi.org/simple"
 ATTEMPTS = 3
 PAUSE = 1.0  # seconds between two attempts
 
@@ -135,9 +134,15 @@ def _sources(config: dict[str, str]) -> list[tuple[str, str]]:
     """(``"find_links"`` or ``"index_urls"``, folder or URL) for every place to look, in pip's order."""
     found = [("find_links", str(Path(x).expanduser()) if "://" not in x else x) for x in _words(config, "find-links")]
     if config.get("no-index", "").lower() not in ("1", "true", "yes", "on"):
-        indexes = [config.get("index-url", PYPI), *_words(config, "extra-index-url")]
+        indexes = [config.get("index-url") or _default_index(), *_words(config, "extra-index-url")]
         found += [("index_urls", url) for url in indexes]
     return found
+
+
+def _default_index() -> str:
+    from pip._internal.models.index import PyPI  # pip has no public name for it
+
+    return PyPI.simple_url
 
 
 def _words(config: dict[str, str], key: str) -> list[str]:

@@ -14,11 +14,16 @@ POOL_BATCHES = 50  # sorted together: enough to waste little padding, few enough
 
 
 def row_lengths(rows: Any) -> NDArray[np.int64]:
-    """Length of each row's sequence (tokens, or the first dimension of whatever the rows hold), shape (N,).
+    """Tokens of each row, by its ``input_ids`` or else its ``attention_mask``, shape (N,).
 
     Args:
-        rows: a datasets.Dataset or any sequence of dicts. Rows without a sequence all have length 1.
+        rows: a datasets.Dataset or any sequence of dicts. Rows with neither column all have length 1.
+
+    Raises:
+        ValueError: there are no rows.
     """
+    if not len(rows):
+        raise ValueError("There are no rows to make batches of: ask for at least one row of this split.")
     first = rows[0]
     sequences = [key for key in ("input_ids", "attention_mask") if key in first]
     if not sequences:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812, the name every PyTorch reader knows
+from torch.nn import functional as F
 
 from ftkit.batching import make_batch
 from ftkit.callbacks import Run

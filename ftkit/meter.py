@@ -16,7 +16,7 @@ class Meter:
     so the resident set is sampled from a thread.
 
     Attributes:
-        seconds: wall-clock time of the block (of the block so far, while it runs).
+        seconds: wall-clock time of the block, once it has ended.
         peak_rss_mib: highest resident set size seen during the block, in MiB, all that was there before included.
     """
 
@@ -24,7 +24,6 @@ class Meter:
         self.seconds = 0.0
         self.peak_rss_mib = 0.0
         self._process = psutil.Process()
-        self._done = threading.Event()
 
     def _sample(self) -> None:
         self.peak_rss_mib = max(self.peak_rss_mib, self._process.memory_info().rss / 2**20)
@@ -34,6 +33,8 @@ class Meter:
             self._sample()
 
     def __enter__(self) -> "Meter":
+        self.seconds = self.peak_rss_mib = 0.0
+        self._done = threading.Event()
         self._start = time.perf_counter()
         self._sample()
         self._thread = threading.Thread(target=self._watch, daemon=True)

@@ -2,12 +2,16 @@
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
 import torch
+from accelerate.utils import parse_flag_from_env
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -44,7 +48,7 @@ class Device:
 
 def choose_device() -> Device:
     """Choose CUDA, else MPS, else the CPU (always the CPU if ``ACCELERATE_USE_CPU=1``), and the precision."""
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}:
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):  # read as accelerate reads it, or model and loop would part
         why = "ACCELERATE_USE_CPU is set"
     elif torch.cuda.is_available():
         name = torch.cuda.get_device_name()
@@ -71,9 +75,9 @@ def load_classifier(
 
     Args:
         name_or_path: an asset ("minilm"), a folder that ``save`` or ``save_pretrained`` wrote, or a hub id.
-        labels: the number of classes, or their names in order.
+        labels: the number of classes, or their names in order, no two alike.
         pretrained: False gives the same architecture with random weights, for training from scratch.
-        dropout: probability for every dropout layer of the network; None leaves the checkpoint's.
+        dropout: probability, in [0, 1), for every dropout layer of the network; None leaves the checkpoint's.
         seed: of the weights that are not in the checkpoint (the head; everything, from scratch).
 
     Returns:
@@ -82,13 +86,16 @@ def load_classifier(
     Raises:
         ModelError: no such model, or it can't classify text.
     """
-    names = [f"class {i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
-    if len(names) < 2:
-        raise ModelError(f"A classifier needs at least 2 classes, not {len(names)}: check the label column.")
-    source, options = _locate(name_or_path)
-    with _plain_errors(name_or_path), _quiet(), _seeded(seed):
-        label2id = {label: i for i, label in enumerate(names)}
-        config = AutoConfig.from_pretrained(source, id2label=dict(enumerate(names)), label2id=label2id, **options)
+    names = [f"class {i}" for i in range(labels)] if isinstance(labels, int) else [str(label) for label in labels]
+    if len(set(names)) < max(len(names), 2):
+        raise ModelError(f"A classifier needs 2 or more different labels, not {names}: check the label column.")
+    if dropout is not None and not 0 <= dropout < 1:
+        raise ModelError(f"A dropout of {dropout} is no probability in [0, 1): try 0.1, or 0 for none.")
+    source, options, advice = _locate(name_or_path)
+    with _plain_errors(name_or_path, advice), _quiet(), _seeded(seed):
+        config = AutoConfig.from_pretrained(source, **options)
+        old_names = list(config.id2label.values())
+        config.id2label, config.label2id = dict(enumerate(names)), {label: i for i, label in enumerate(names)}
         if dropout is not None:
             _set_dropout(config, dropout)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -99,11 +106,19 @@ def load_classifier(
             )
         else:
             model, info = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32), None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up, which knows no word
+        raise ModelError(
+            f"The model {str(name_or_path)!r} has no tokenizer: save the one it was trained with beside it."
+        )
     if info is not None:
-        _say_what_is_new(model, info, name_or_path)
+        _say_what_is_new(model, info, name_or_path, old_names)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if model.config.pad_token_id is None:  # GPT-like models: they classify from the last token that is no padding
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
+    if model.config.pad_token_id is None:
+        raise ModelError(
+            f"The tokenizer of {str(name_or_path)!r} can't pad a batch: set its pad_token and save it beside the model."
+        )
     return model.to(choose_device().device).eval(), tokenizer
 
 
@@ -121,8 +136,12 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
 
     Returns:
         The folder.
+
+    Raises:
+        OSError: the folder can't be made or written.
     """
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)  # transformers would merely log that it can't
     with _quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -135,57 +154,90 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         ModelError: the folder does not hold a saved classifier.
     """
-    if not (Path(folder) / "config.json").is_file():
+    folder = Path(folder).absolute()  # a folder may be called as an asset is
+    if not (folder / "config.json").is_file():
         raise ModelError(f"There is no saved model in {str(folder)!r}: give the folder that save() returned.")
-    config = AutoConfig.from_pretrained(folder)
+    source, options, advice = _locate(folder)
+    with _plain_errors(folder, advice), _quiet():
+        config = AutoConfig.from_pretrained(source, **options)
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+        raise ModelError(f"The model in {str(folder)!r} has no classification head: use load_classifier to add one.")
     return load_classifier(folder, [config.id2label[i] for i in range(config.num_labels)])
 
 
-def _locate(name_or_path: str | Path) -> tuple[str, dict[str, bool]]:
-    """Where from_pretrained finds a model: the folder of an asset, a folder, or the hub."""
+def _locate(name_or_path: str | Path) -> tuple[str, dict[str, bool], str]:
+    """Where from_pretrained finds a model, the options it needs, and what to do if it can't load what is there."""
+    # False, for with None transformers asks the reader, and a "y" runs code that came with the model
+    local = {"local_files_only": True, "trust_remote_code": False}
     if str(name_or_path) in assets.names():
         asset = assets.get(str(name_or_path))
         if asset.kind not in {"text-encoder", "language-model"}:
             raise ModelError(f"The asset {asset.name!r} is of kind {asset.kind!r}, not a text model: use minilm.")
-        return str(assets.fetch(asset.name)), {"local_files_only": True}
+        return (
+            str(assets.fetch(asset.name)),
+            local,
+            f"set FTKIT_CACHE to a new folder and run `ftkit fetch {asset.name}`",
+        )
     if Path(name_or_path).is_dir():
-        return str(name_or_path), {"local_files_only": True}
+        return str(name_or_path), local, "give a folder that save() wrote, or an asset like minilm"
     if isinstance(name_or_path, Path) or str(name_or_path).count("/") != 1:
         known = ", ".join(assets.names("text-encoder") + assets.names("language-model"))
         raise ModelError(
             f"There is no model {str(name_or_path)!r}: give an asset ({known}), a folder, or a hub id like owner/name."
         )
-    return str(name_or_path), {"local_files_only": assets.offline()}
+    name = str(name_or_path)
+    if assets.offline():
+        return name, local, "FTKIT_OFFLINE is set: unset it, or use an asset like minilm"
+    try:
+        HfApi().model_info(name, timeout=10)  # asked once: from_pretrained retries for half a minute, on stderr
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ModelError(
+            f"The hub shows no model {name!r}: check the name, log in with `hf auth login` if it is not public, "
+            "or use an asset like minilm."
+        ) from None
+    except (OSError, httpx2.HTTPError) as error:  # what was downloaded before still loads
+        return name, local, f"the hub did not answer ({error}): check the network, or use an asset like minilm"
+    return name, local | {"local_files_only": False}, "choose another one, or an asset like minilm"
 
 
 def _set_dropout(config: object, dropout: float) -> None:
     """Set every dropout probability a config has; their names differ from family to family."""
     for name, value in vars(config).items():
-        if "drop" in name and isinstance(value, float | int) and not isinstance(value, bool):
+        if (
+            "drop" in name
+            and "layerdrop" not in name
+            and isinstance(value, float | int)
+            and not isinstance(value, bool)
+        ):
             setattr(config, name, dropout)
 
 
-def _say_what_is_new(model: PreTrainedModel, info: dict[str, object], name: str | Path) -> None:
-    """Name weights below the head that the checkpoint lacks; that the head is new goes without saying."""
+def _say_what_is_new(model: PreTrainedModel, info: dict[str, object], name: str | Path, old_names: list[str]) -> None:
+    """Name weights below the head that the checkpoint lacks, and say what became of a head that it has.
+
+    That a head is new where there was none goes without saying.
+    """
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     new = sorted({*info["missing_keys"], *mismatched})
     body = [key for key in new if key.startswith(model.base_model_prefix + ".")]
     if body:
         some = ", ".join(body[:4])
         print(f"{name}: {len(body)} weights below the head are not in the checkpoint and start at random: {some}")
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    if mismatched - {*body}:
+        print(f"{name}: its head is for {len(old_names)} classes, not {len(names)}: a new one takes its place")
+    elif len(new) == len(body) and names != old_names:
+        print(f"{name}: its head is kept, its classes {old_names} are now called {names}")
 
 
 @contextlib.contextmanager
-def _plain_errors(name: str | Path) -> Iterator[None]:
-    """Turn what from_pretrained raises for a model that is not there into one line."""
+def _plain_errors(name: str | Path, advice: str) -> Iterator[None]:
+    """Turn what from_pretrained raises into one line."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        hint = "FTKIT_OFFLINE is set: unset it, or" if assets.offline() else "check the name and the network, or"
-        raise ModelError(
-            f"The model {str(name)!r} can't be loaded ({first}): {hint} use an asset like minilm."
-        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"The model {str(name)!r} can't be loaded ({first}): {advice}.") from error
 
 
 @contextlib.contextmanager
@@ -205,6 +257,6 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Draw new weights from this seed and leave the global chance as it was."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # new weights are drawn on the CPU
+        torch.default_generator.manual_seed(seed)
         yield

@@ -74,7 +74,7 @@ def scores(metrics: Mapping[str, Mapping[str, Any]], *, axis: str = "accuracy on
 def learning_curves(runs: Mapping[str, Sequence[History]]) -> Figure:
     """Training loss by step and validation accuracy by epoch, a thin line for each seed of each method."""
     with plt.rc_context(STYLE):
-        drawn, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+        drawn, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9))
         rows = []
         for colour, (name, histories) in zip(COLOURS, runs.items(), strict=False):
             for seed, history in enumerate(histories):
@@ -86,7 +86,7 @@ def learning_curves(runs: Mapping[str, Sequence[History]]) -> Figure:
                 accuracies = [epoch["validation_accuracy"] for epoch in history.epochs]
                 right.plot(epochs, accuracies, "o-", color=colour, alpha=0.8, label=label)
                 rows += [{"method": name, "run": seed, **epoch} for epoch in history.epochs]
-        left.set(xlabel="optimiser step", ylabel="training loss in nats (mean of the last 10 steps)", ylim=(0, None))
+        left.set(xlabel="optimiser step (mean of the last 10)", ylabel="training loss (nats)", ylim=(0, None))
         right.set(xlabel="epoch", ylabel="validation accuracy")
         right.set_xticks(sorted({row["epoch"] for row in rows}))
         left.legend(frameon=False)

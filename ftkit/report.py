@@ -81,9 +81,10 @@ def _body(notebook: nbformat.NotebookNode, folder: Path) -> BeautifulSoup:
         fold.insert(0, summary)
     for table in page.select("table"):
         table.attrs.pop("border", None)
-        for cell in table.select("td, tbody th"):
-            if len(cell.get_text()) < 20:  # numbers and names stay on one line, sentences wrap
-                cell["class"] = "short"
+        for column in zip(*(line.find_all(["td", "th"]) for line in table.select("tr")), strict=False):
+            sentences = any(len(cell.get_text()) >= 20 for cell in column if cell.name == "td")
+            for cell in column:  # numbers and names stay on one line and to the right, sentences wrap
+                cell["class"] = "sentence" if sentences else "short" if cell.find_parent("tbody") else ""
         table.wrap(page.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))  # keys scroll it too
     return page
 

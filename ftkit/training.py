@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812, the name every PyTorch reader knows
+from torch.nn import functional as F
 
 from ftkit.batching import evaluation_batches, make_batch, row_labels, row_lengths, training_batches
 from ftkit.callbacks import Callback, History, Run

@@ -1,0 +1,77 @@
+"""Seconds and peak memory of each notebook at the smoke and the cpu tier, from imports to the last cell.
+
+With ``--write`` the notebook is left as it is committed: the outputs of the cpu tier, in one go from top to bottom,
+and the measured figures in its header.
+
+    python benchmarks/notebooks.py [01_full_fine_tuning …] [--write]
+"""
+
+import argparse
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import nbformat
+
+from ftkit.execution import execute
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NEEDS = re.compile(r"<!-- needs -->.*?<!-- /needs -->", re.DOTALL)
+
+
+def measure(notebook: Path, tier: str, folder: Path) -> tuple[dict[str, float], Path]:
+    """Execute a notebook as it stands, its defaults chosen by the tier."""
+    executed = folder / f"{tier}.ipynb"
+    env = {"FTKIT_TIER": tier, "FTKIT_RUN_DIR": str(folder)}
+    run = execute(notebook, executed, {}, env=env, progress=os.isatty(2))
+    if run.error:
+        raise SystemExit(f"{notebook.stem} at the {tier} tier: {run.error}")
+    return {"seconds": round(run.seconds, 1), "peak_rss_mib": round(run.peak_rss_mib)}, executed
+
+
+def write(notebook: Path, executed: Path, figures: dict[str, dict[str, float]]) -> None:
+    """Replace the notebook by its executed copy, without what execution adds to the metadata."""
+    cells = nbformat.read(executed, as_version=4)
+    cells.metadata.pop("papermill", None)
+    cells.metadata.pop("widgets", None)
+    for cell in cells.cells:
+        for added in ("papermill", "execution", "exception"):
+            cell.metadata.pop(added, None)
+        if not cell.metadata.get("tags", [True]):
+            del cell.metadata["tags"]
+    rows = [
+        f"| {tier} | {_minutes(f['seconds'])} | {f['peak_rss_mib'] / 1024:.1f} GiB |" for tier, f in figures.items()
+    ]
+    table = "\n".join(["| tier | time on 2 cores | memory |", "|---|---|---|", *rows, "| gpu | not measured | |"])
+    first = cells.cells[0]
+    first.source = NEEDS.sub(f"<!-- needs -->\n\n{table}\n\n<!-- /needs -->", first.source)
+    nbformat.write(cells, notebook)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="all of them by default")
+    parser.add_argument("--write", action="store_true", help="keep the outputs of the cpu tier and the figures")
+    arguments = parser.parse_args()
+    results = {}
+    for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
+        if arguments.names and notebook.stem not in arguments.names:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            figures = {}
+            for tier in ("smoke", "cpu"):
+                figures[tier], executed = measure(notebook, tier, Path(folder))
+            if arguments.write:
+                write(notebook, executed, figures)
+        results[notebook.stem] = figures
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The notebooks: their committed form, their exercises, and a run at the smoke tier without a network.
+
+`pytest -k form` takes a second and is the notebooks' check before a commit.
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+
+from ftkit import assets
+from ftkit.runs import default_parameters
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION.*?### END SOLUTION", re.DOTALL | re.MULTILINE)
+# a folder of somebody's machine, a point in time
+PRIVATE = re.compile(r"/(?:home|root|tmp|Users|work)/|[A-Z]:\\\\|\b20\d\d-\d\d-\d\d[T ]\d\d:\d\d")
+
+# Wrong answers that students give, and the words in which the check names the mistake
+WRONG = {
+    ("01_full_fine_tuning", "cross-entropy"): {
+        "p = logits.softmax(-1)\nreturn p[torch.arange(len(labels)), labels].log().mean()": "minus sign",
+        "return F.cross_entropy(logits, labels, reduction='sum')": "not the sum",
+        "return F.cross_entropy(logits.softmax(-1), labels)": "twice",
+        "e = logits.exp()\nreturn (e.sum(-1) / e[torch.arange(len(labels)), labels]).log().mean()": "overflow",
+        "pass": "return the loss",
+    },
+    ("01_full_fine_tuning", "warm-up"): {
+        "return step / warmup if step < warmup else 1 - step / total": "from `warmup` to `total`",
+        "return 1 - step / total": "half-way",
+        "pass": "return the factor",
+    },
+    ("01_full_fine_tuning", "accumulation"): {
+        "return sum(mean_losses) / len(mean_losses)": "mean of means",
+        "return sum(mean_losses)": "adding the means",
+        "pass": "return the loss",
+    },
+}
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def form_errors(notebook: nbformat.NotebookNode) -> list[str]:
+    """What keeps an executed notebook from being committed."""
+    errors = []
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if "widgets" in notebook.metadata:
+        errors.append("metadata.widgets: remove it")
+    if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
+        errors.append("not executed once from top to bottom: python benchmarks/notebooks.py --write")
+    for number, cell in enumerate(code, 1):
+        if cell.source.count("\n") >= 30:
+            errors.append(f"code cell {number} has over 30 lines")
+        if extra := set(cell.metadata) - {"tags", "nbgrader"}:
+            errors.append(f"code cell {number} has metadata {sorted(extra)}")
+        for output in cell.outputs:
+            if output.output_type == "error" or output.get("name") == "stderr":
+                errors.append(f"code cell {number} printed an error or a warning")
+            data = output.get("data", {})
+            shown = "".join([output.get("text", ""), *(str(v) for k, v in data.items() if k.startswith("text/"))])
+            page = BeautifulSoup(shown, "html.parser")
+            if any(not image.get("alt") for image in page.select("img")) or any(k.startswith("image/") for k in data):
+                errors.append(f"code cell {number} shows a picture without alt text: use ftkit.plots")
+            if match := PRIVATE.search(page.get_text()):
+                errors.append(f"code cell {number} shows a path or a time: {match.group()!r}")
+            if "widget-view" in str(list(data)):
+                errors.append(f"code cell {number} shows a widget")
+    if re.search(r"<!-- needs -->\s*<!-- /needs -->", notebook.cells[0].source):
+        errors.append("no measured time and memory in the header: python benchmarks/notebooks.py --write")
+    return errors
+
+
+def exercises(notebook: nbformat.NotebookNode) -> dict[str, tuple[str, str]]:
+    """Solution and check of each exercise, by its grade_id."""
+    graded = {c.metadata.nbgrader.grade_id: c for c in notebook.cells if "nbgrader" in c.metadata}
+    solutions = {name: cell for name, cell in graded.items() if cell.metadata.nbgrader.solution}
+    assert all(graded[f"{name}-check"].metadata.nbgrader.grade for name in solutions)
+    return {name: (cell.source, graded[f"{name}-check"].source) for name, cell in solutions.items()}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_form(path: Path) -> None:
+    notebook = read(path)
+    assert form_errors(notebook) == []
+    assert len(exercises(notebook)) >= 3
+    assert "tier" in default_parameters(path)
+    assert set(notebook.metadata.ftkit.assets) <= set(assets.names())
+
+
+def test_form_finds_what_is_wrong() -> None:
+    notebook = read(NOTEBOOKS[0])
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    notebook.metadata["widgets"] = {}
+    code[0].execution_count = 7
+    code[1].outputs = [nbformat.v4.new_output("stream", name="stderr", text="a warning")]
+    code[2].outputs = [nbformat.v4.new_output("stream", name="stdout", text="saved to /home/somebody/x")]
+    code[3].outputs = [nbformat.v4.new_output("display_data", data={"text/html": "<img src='data:,'>"})]
+    code[4].source += "\n" * 30
+    code[5].metadata["papermill"] = {}
+    notebook.cells[0].source = "# Title <!-- needs --> <!-- /needs -->"
+    assert len(form_errors(notebook)) == 8
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_exercises_pass_the_solution_and_fail_the_stub(path: Path) -> None:
+    notebook = read(path)
+    imports = "\n".join(
+        ast.unparse(statement)
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for statement in ast.parse(cell.source).body
+        if isinstance(statement, ast.Import | ast.ImportFrom)
+    )
+    for name, (solution, check) in exercises(notebook).items():
+        answers = WRONG[path.stem, name]
+        for body, words in {None: None, "raise NotImplementedError": "", **answers}.items():
+            namespace: dict[str, object] = {}
+            exec(imports, namespace)
+            if body is None:
+                exec(solution, namespace)
+                exec(check, namespace)
+                continue
+            stub = SOLUTION.sub(lambda m, body=body: "\n".join(m[1] + line for line in body.split("\n")), solution)
+            assert stub != solution
+            exec(stub, namespace)
+            with pytest.raises((AssertionError, NotImplementedError), match=words):
+                exec(check, namespace)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_at_the_smoke_tier_without_a_network(path: Path, tmp_path: Path) -> None:
+    """Once its assets are there; cells tagged nbval-check-output give what is committed."""
+    for name in read(path).metadata.ftkit.assets:
+        assets.fetch(name, progress=False)
+    nowhere = "http://127.0.0.1:9"  # whoever asks the network all the same is refused
+    env = os.environ | {"FTKIT_OFFLINE": "1", "FTKIT_TIER": "smoke", "FTKIT_RUN_DIR": str(tmp_path)}
+    env |= {"HTTP_PROXY": nowhere, "HTTPS_PROXY": nowhere, "ALL_PROXY": nowhere, "NO_PROXY": "127.0.0.1,localhost"}
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider", str(path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+    results = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert {"settings", "metrics"} == set(results)
+    for method in results["metrics"].values():
+        assert {"accuracy", "ci95", "seeds", "trainable_parameters", "seconds", "peak_rss_mib"} == set(method)
+        assert 0 <= method["ci95"][0] <= method["accuracy"] <= method["ci95"][1] <= 1
+
+
+def test_full_fine_tuning_beats_its_rivals_in_the_committed_run() -> None:
+    """The conclusion of notebook 01, read off its committed outputs: the intervals do not overlap."""
+    notebook = read(Path(__file__).parents[1] / "notebooks" / "01_full_fine_tuning.ipynb")
+    tables = [
+        BeautifulSoup(output.data["text/html"], "html.parser")
+        for cell in notebook.cells
+        if cell.cell_type == "code" and "results_table(" in cell.source
+        for output in cell.outputs
+        if "text/html" in output.get("data", {})
+    ]
+    rows = {r.th.get_text(): [d.get_text() for d in r.select("td")] for r in tables[0].select("tbody tr")}
+    low, _ = map(float, rows["full"][1].split(" to "))
+    assert float(rows["full"][0]) == pytest.approx(0.81, abs=0.04)
+    for rival in ("majority", "linear probe", "from scratch"):
+        assert float(rows[rival][1].split(" to ")[1]) < low
