@@ -209,7 +209,7 @@ def _set_dropout(config: object, dropout: float) -> None:
             and isinstance(value, float | int)
             and not isinstance(value, bool)
         ):
-            setattr(config, name, dropout)
+            setattr(config, name, float(dropout))
 
 
 def _say_what_is_new(model: PreTrainedModel, info: dict[str, object], name: str | Path, old_names: list[str]) -> None:
