@@ -1,7 +1,7 @@
 """Seconds and peak memory of each notebook at the smoke and the cpu tier, from imports to the last cell.
 
 With ``--write`` the notebook is left as it is committed: the outputs of the cpu tier, in one go from top to bottom,
-and the measured figures in its header.
+and the measured figures in its header; the README's results table is that of notebook 01's run.
 
     python benchmarks/notebooks.py [01_full_fine_tuning …] [--write]
 """
@@ -16,9 +16,11 @@ from pathlib import Path
 import nbformat
 
 from ftkit.execution import execute
+from ftkit.runs import results_table
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-NEEDS = re.compile(r"<!-- needs -->.*?<!-- /needs -->", re.DOTALL)
+README = Path(__file__).parents[1] / "README.md"
+SHOWN_IN_README = "01_full_fine_tuning"
 
 
 def measure(notebook: Path, tier: str, folder: Path) -> tuple[dict[str, float], Path]:
@@ -45,9 +47,26 @@ def write(notebook: Path, executed: Path, figures: dict[str, dict[str, float]]) 
         f"| {tier} | {_minutes(f['seconds'])} | {f['peak_rss_mib'] / 1024:.1f} GiB |" for tier, f in figures.items()
     ]
     table = "\n".join(["| tier | time on 2 cores | memory |", "|---|---|---|", *rows, "| gpu | not measured | |"])
-    first = cells.cells[0]
-    first.source = NEEDS.sub(f"<!-- needs -->\n\n{table}\n\n<!-- /needs -->", first.source)
+    cells.cells[0].source = _between("needs", table, cells.cells[0].source)
     nbformat.write(cells, notebook)
+
+
+def write_results(metrics: dict[str, dict[str, object]]) -> None:
+    """Put the results table of a run into the README."""
+    table = results_table(metrics)
+    lines = [["method", *table.columns], ["---"] * (1 + len(table.columns)), *map(list, table.itertuples())]
+    markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    README.write_text(_between("results", markdown, README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _between(mark: str, content: str, text: str) -> str:
+    """The text with what stands between the two comments of that mark replaced."""
+    return re.sub(
+        rf"<!-- {mark} -->.*?<!-- /{mark} -->",
+        lambda _: f"<!-- {mark} -->\n\n{content}\n\n<!-- /{mark} -->",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def _minutes(seconds: float) -> str:
@@ -69,6 +88,8 @@ def main() -> None:
                 figures[tier], executed = measure(notebook, tier, Path(folder))
             if arguments.write:
                 write(notebook, executed, figures)
+                if notebook.stem == SHOWN_IN_README:
+                    write_results(json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))["metrics"])
         results[notebook.stem] = figures
     print(json.dumps(results))
 

@@ -48,7 +48,6 @@ class FullFineTuning(NotebookSettings):
     num_epochs: int = Field(ge=1, le=100, description="passes over the training rows")
     batch_size: int = Field(ge=1, le=1024, description="rows a step")
     max_length: int = Field(ge=8, le=8192, description="tokens kept of a text")
-    dropout: float = Field(ge=0, lt=1, description="probability of every dropout layer")
     seeds: list[int] = Field(min_length=1, description="each draws its own rows, weights and order")
     few_rows: list[int] = Field(min_length=1, description="training rows tried in the study of size")
     far_domains: list[str] = Field(description="assets with the same labels that the tuned model is tried on")
@@ -56,18 +55,18 @@ class FullFineTuning(NotebookSettings):
     DEFAULTS: ClassVar = {
         "smoke": {
             "model": "minilm", "data": "movie-sentiment", "rows": 64, "test_rows": 100, "lr": 1e-4, "scratch_lr": 3e-4,
-            "num_epochs": 1, "batch_size": 16, "max_length": 32, "dropout": 0.0, "seeds": [0],
+            "num_epochs": 1, "batch_size": 16, "max_length": 32, "seeds": [0],
             "few_rows": [20, 128], "far_domains": ["product-sentiment"],
         },
         "cpu": {
             "model": "minilm", "data": "movie-sentiment", "rows": 1000, "test_rows": 1000, "lr": 1e-4,
-            "scratch_lr": 3e-4, "num_epochs": 2, "batch_size": 16, "max_length": 64, "dropout": 0.0,
+            "scratch_lr": 3e-4, "num_epochs": 2, "batch_size": 16, "max_length": 64,
             "seeds": [0, 1, 2], "few_rows": [50, 200, 2000],
             "far_domains": ["product-sentiment", "editorial-sentiment", "tweet-sentiment"],
         },
         "gpu": {
             "model": "google-bert/bert-base-uncased", "data": "movie-sentiment", "rows": 6000, "test_rows": 2000,
-            "lr": 3e-5, "scratch_lr": 1e-4, "num_epochs": 3, "batch_size": 32, "max_length": 128, "dropout": 0.1,
+            "lr": 3e-5, "scratch_lr": 1e-4, "num_epochs": 3, "batch_size": 32, "max_length": 128,
             "seeds": [0, 1, 2, 3, 4], "few_rows": [50, 200, 2000],
             "far_domains": ["product-sentiment", "editorial-sentiment", "tweet-sentiment"],
         },

@@ -1,0 +1,59 @@
+import base64
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from bs4 import BeautifulSoup
+from PIL import Image
+
+from ftkit import plots
+from ftkit.callbacks import History
+
+METRICS = {
+    "majority": {"accuracy": 0.5, "ci95": (0.4, 0.6)},
+    "full <&>": {"accuracy": 0.8, "ci95": (0.75, 0.85)},
+}
+EPOCHS = [{"epoch": 1, "train_loss": 0.6, "validation_loss": 0.5, "validation_accuracy": 0.7}]
+HISTORY = History(steps=[{"step": i + 1, "loss": 1 / (i + 1), "lr": 1e-3} for i in range(20)], epochs=EPOCHS)
+
+FIGURES = {
+    "scores": lambda: plots.scores(METRICS),
+    "learning_curves": lambda: plots.learning_curves({"full": [HISTORY, HISTORY], "from_scratch": [HISTORY]}),
+    "confusion": lambda: plots.confusion(np.array([[8, 2], [1, 9]]), ["negative", "positive"]),
+    "trend": lambda: plots.trend(
+        [10, 100], [0.5, 0.8], [(0.4, 0.6), (0.7, 0.9)], xlabel="rows", reference=("majority", 0.5)
+    ),
+    "schedule": lambda: plots.schedule({"linear": [0, 1, 0.5], "cosine": [0, 1, 0.7]}),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_a_picture_with_alt_text_and_its_numbers(name: str) -> None:
+    figure = FIGURES[name]()
+    page = BeautifulSoup(figure._repr_html_(), "html.parser")
+    image = Image.open(io.BytesIO(base64.b64decode(page.img["src"].partition(",")[2])))
+    pixels = np.asarray(image.convert("L"))
+    assert min(pixels.shape) > 100
+    assert pixels.std() > 5  # something is drawn
+    assert len(page.img["alt"]) > 20
+    assert page.details.table is not None
+    assert repr(figure) == f"[figure: {page.img['alt']}]"
+    assert not plt.get_fignums()  # nothing is left open, so the notebook does not show it twice
+
+
+def test_the_numbers_are_those_that_were_plotted() -> None:
+    table = plots.scores(METRICS).table
+    assert table.loc["full <&>"].tolist() == [0.8, 0.75, 0.85]
+    assert "full &lt;&amp;&gt;" in plots.scores(METRICS)._repr_html_()
+    assert plots.confusion(np.array([[8, 2], [1, 9]]), ["a", "b"]).table.loc["a", "b"] == 2
+    assert "85%" in plots.confusion(np.array([[8, 2], [1, 9]]), ["a", "b"]).alt
+
+
+def test_axes_are_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(plots, "Figure", lambda drawn, alt, table: seen.append(drawn))
+    for draw in FIGURES.values():
+        draw()
+    assert all(ax.get_xlabel() for figure in seen for ax in figure.axes)
+    plt.close("all")
