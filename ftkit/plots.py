@@ -141,7 +141,8 @@ def trend(
         ax.errorbar(x, accuracies, yerr=_arms(accuracies, low, high), fmt="o-", capsize=4)
         if reference:
             ax.axhline(reference[1], ls="--", color="0.4")
-            ax.annotate(reference[0], (min(x), reference[1]), xytext=(0, 4), textcoords="offset points", color="0.3")
+            where = {"xy": (0.2, reference[1]), "xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
+            ax.annotate(reference[0], xytext=(0, 4), color="0.3", **where)
         ax.set(xscale="log", xlabel=xlabel, ylabel="accuracy (bar: 95 % interval)")
         ax.set_xticks(x, [f"{value:g}" for value in x])
         ax.minorticks_off()

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +21,8 @@ from ftkit.execution import execute
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from ftkit.metrics import Evaluation
 
 COLUMNS = ("accuracy", "95 % interval", "seeds", "trainable parameters", "seconds", "peak memory (MiB)")
 
@@ -153,6 +155,31 @@ def default_parameters(notebook: Path) -> dict[str, Any]:
             except ValueError:
                 defaults[ast.unparse(target)] = ast.unparse(statement.value)
     return defaults
+
+
+def method_entry(
+    evaluations: "Sequence[Evaluation]", costs: Sequence[Any], *, seeds: Sequence[int], trainable_parameters: int
+) -> dict[str, Any]:
+    """One method's entry in metrics.json.
+
+    Args:
+        evaluations: one a seed, on the same rows.
+        costs: one a seed, each with ``seconds`` and ``peak_rss_mib`` (a History or a Meter); entered are the mean
+            seconds and the highest peak.
+        seeds: of the runs.
+        trainable_parameters: number of weights that the method trains.
+    """
+    from ftkit.metrics import over_seeds
+
+    accuracy, ci95 = over_seeds(evaluations)
+    return {
+        "accuracy": accuracy,
+        "ci95": ci95,
+        "seeds": list(seeds),
+        "trainable_parameters": trainable_parameters,
+        "seconds": sum(cost.seconds for cost in costs) / len(costs),
+        "peak_rss_mib": max(cost.peak_rss_mib for cost in costs),
+    }
 
 
 def save_metrics(

@@ -1,6 +1,7 @@
 """The typed settings of each notebook: one class a notebook, with a default per tier."""
 
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,6 +33,18 @@ class NotebookSettings(BaseModel):
             raise ValueError(f"There is no tier {tier!r}: it can be {', '.join(TIERS)}.")
         chosen = {name: value for name, value in given.items() if value is not None}
         return cls(**{**cls.DEFAULTS[tier], **chosen})
+
+    @classmethod
+    def from_cell(cls, namespace: Mapping[str, Any]) -> Self:
+        """The settings of a notebook's `parameters` cell: called with ``globals()`` in the cell after it.
+
+        Args:
+            namespace: holds ``tier`` and, under the names of the settings, their values.
+
+        Raises:
+            ValueError: as for ``at``.
+        """
+        return cls.at(namespace["tier"], **{name: namespace.get(name) for name in cls.model_fields})
 
 
 class FullFineTuning(NotebookSettings):

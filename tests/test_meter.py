@@ -1,7 +1,7 @@
+import mmap
 import threading
 import time
 
-import numpy as np
 import pytest
 
 from ftkit.meter import Meter
@@ -9,10 +9,11 @@ from ftkit.meter import Meter
 BIG = 256  # MiB
 
 
-def allocate() -> np.ndarray:
-    block = np.ones(BIG * 2**20, dtype=np.uint8)  # written to, or it would not be resident
-    time.sleep(0.1)
-    return block
+def allocate_and_free() -> None:
+    """Take fresh pages from the system: an allocator might hand out what the process holds already."""
+    with mmap.mmap(-1, BIG * 2**20) as block:
+        block.write(b"x" * len(block))  # or it would not be resident
+        time.sleep(0.1)
 
 
 def test_memory_that_was_given_back_before_the_end_is_seen() -> None:
@@ -20,15 +21,13 @@ def test_memory_that_was_given_back_before_the_end_is_seen() -> None:
     with before:
         pass
     with Meter() as meter:
-        block = allocate()
-        del block
+        allocate_and_free()
     assert meter.peak_rss_mib > before.peak_rss_mib + 0.9 * BIG
 
 
 def test_memory_that_was_given_back_before_the_start_is_not() -> None:
     with Meter() as first:
-        block = allocate()
-        del block
+        allocate_and_free()
     with Meter() as second:
         time.sleep(0.05)
     assert second.peak_rss_mib < first.peak_rss_mib - 0.5 * BIG
@@ -37,15 +36,13 @@ def test_memory_that_was_given_back_before_the_start_is_not() -> None:
 def test_a_meter_can_be_used_again_and_starts_anew() -> None:
     meter = Meter()
     with meter:
-        block = allocate()
-        del block
+        allocate_and_free()
     first = meter.peak_rss_mib
     with meter:
         time.sleep(0.05)
     assert meter.peak_rss_mib < first - 0.5 * BIG
     with meter:
-        block = allocate()
-        del block
+        allocate_and_free()
     assert meter.peak_rss_mib > first - 0.5 * BIG
 
 
