@@ -1,5 +1,6 @@
 """What a training run is to those who watch or steer it: its history, its state, and the callbacks of the loop."""
 
+import hashlib
 import os
 import random
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ftkit.batching import row_labels, row_lengths
 
 if TYPE_CHECKING:
     from ftkit.training import TrainSettings
@@ -46,7 +49,7 @@ class History:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A run in progress, as callbacks see it; what they change in it takes effect.
 
     Attributes:
@@ -75,13 +78,13 @@ class Run:
 class Callback:
     """Is called by the loop; override what you need."""
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: TrainingRun) -> None:
         """Before the first step."""
 
-    def on_step(self, run: Run) -> None:
+    def on_step(self, run: TrainingRun) -> None:
         """After each optimiser step."""
 
-    def on_epoch(self, run: Run) -> None:
+    def on_epoch(self, run: TrainingRun) -> None:
         """After each epoch and its validation."""
 
 
@@ -91,10 +94,13 @@ class EarlyStopping(Callback):
     def __init__(self, patience: int = 2) -> None:
         self.patience = patience
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: TrainingRun) -> None:
+        """Raises ValueError: there is no validation split to watch."""
+        if "validation" not in run.data:
+            raise ValueError("EarlyStopping watches the validation rows, and there are none: add data['validation'].")
         self.on_epoch(run)  # a resumed run may have come to its end already
 
-    def on_epoch(self, run: Run) -> None:
+    def on_epoch(self, run: TrainingRun) -> None:
         best, epochs = run.history.best_epoch, len(run.history.epochs)
         run.stop = run.stop or (best is not None and epochs - best >= self.patience)
 
@@ -113,7 +119,7 @@ class Checkpoint(Callback):
     def __init__(self, path: str | Path, every: int = 100) -> None:
         self.path, self.every = Path(path), every
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: TrainingRun) -> None:
         """Resume, if the file is there.
 
         Raises:
@@ -135,14 +141,14 @@ class Checkpoint(Callback):
         _set_chance(state["chance"])
         print(f"Resumed at step {run.step} of {run.total_steps}.")
 
-    def on_step(self, run: Run) -> None:
+    def on_step(self, run: TrainingRun) -> None:
         if run.step % self.every == 0:
             self._write(run)
 
-    def on_epoch(self, run: Run) -> None:
+    def on_epoch(self, run: TrainingRun) -> None:
         self._write(run)
 
-    def _write(self, run: Run) -> None:
+    def _write(self, run: TrainingRun) -> None:
         state = {
             "identity": self._identity(run),
             "model": run.model.state_dict(),
@@ -164,9 +170,10 @@ class Checkpoint(Callback):
             partial.unlink(missing_ok=True)
 
     @staticmethod
-    def _identity(run: Run) -> dict[str, Any]:
-        settings = run.settings.model_dump()
-        return {**settings, "total_steps": run.total_steps, "training rows": len(run.data["train"])}
+    def _identity(run: TrainingRun) -> dict[str, Any]:
+        rows = run.data["train"]
+        digest = hashlib.sha256(row_lengths(rows).tobytes() + np.array(row_labels(rows)).tobytes()).hexdigest()
+        return {**run.settings.model_dump(), "total_steps": run.total_steps, "training rows": digest[:12]}
 
 
 def _chance() -> dict[str, Any]:

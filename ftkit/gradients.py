@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ftkit.batching import make_batch
-from ftkit.callbacks import Run
+from ftkit.callbacks import TrainingRun
 
 
 class Penalty(Protocol):
@@ -23,7 +23,7 @@ class Penalty(Protocol):
 def accumulate_gradients(
     accelerator: Accelerator,
     wrapped: nn.Module,
-    run: Run,
+    run: TrainingRun,
     group: list[Any],
     class_weights: Tensor | None,
     penalties: Sequence[Penalty],
@@ -42,9 +42,15 @@ def accumulate_gradients(
     mean_loss = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(batches):
         with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(wrapped):
-            inputs = {k: v for k, v in batch.items() if k != "labels"} if _one_class_a_row(batch["labels"]) else batch
-            outputs = wrapped(**inputs)
-            loss = _summed_loss(outputs, batch["labels"], class_weights, run.settings.label_smoothing) / total_weight
+            outputs = wrapped(**{name: value for name, value in batch.items() if name != "labels"})
+            summed = F.cross_entropy(
+                outputs.logits.float(),
+                batch["labels"],
+                weight=class_weights,
+                label_smoothing=run.settings.label_smoothing,
+                reduction="sum",
+            )
+            loss = summed / total_weight
             for penalty in penalties:
                 loss = loss + penalty(run.model, batch, outputs) * len(batch["labels"]) / total_rows
             loss = loss * (not idle)
@@ -53,29 +59,14 @@ def accumulate_gradients(
     return float(accelerator.reduce(mean_loss, "sum"))
 
 
-def _one_class_a_row(labels: Tensor) -> bool:
-    return labels.ndim == 1 and not labels.is_floating_point()
-
-
 def _weight(labels: Tensor, class_weights: Tensor | None) -> Tensor:
     """What a batch counts for in the mean loss: its rows, or the summed weights of their classes."""
-    if class_weights is not None and _one_class_a_row(labels):
-        return class_weights[labels].sum()
-    return torch.tensor(float(len(labels)), device=labels.device)
+    return torch.tensor(float(len(labels))).to(labels.device) if class_weights is None else class_weights[labels].sum()
 
 
-def _summed_loss(outputs: Any, labels: Tensor, class_weights: Tensor | None, smoothing: float) -> Tensor:
-    """Cross-entropy summed over rows; where labels are not one class a row, the model's own mean loss times rows."""
-    if not _one_class_a_row(labels):
-        return outputs.loss * len(labels)
-    return F.cross_entropy(
-        outputs.logits.float(), labels, weight=class_weights, label_smoothing=smoothing, reduction="sum"
-    )
-
-
-def make_class_weights(setting: str | Sequence[float] | None, labels: Sequence[int]) -> Tensor | None:
-    """The weight of each class, shape (C,); "balanced" is N / (C n_c), as in scikit-learn."""
+def make_class_weights(setting: str | Sequence[float] | None, labels: Sequence[int], num_classes: int) -> Tensor | None:
+    """The weight of each class, shape (C,): "balanced" is N / (C n_c), as in scikit-learn, 0 for an absent class."""
     if setting == "balanced":
-        counts = torch.bincount(torch.tensor(labels)).float()
-        return counts.sum() / (len(counts) * counts)
+        counts = torch.bincount(torch.tensor(labels), minlength=num_classes).float()
+        return torch.where(counts > 0, counts.sum() / (len(counts) * counts.clamp(min=1)), 0.0)
     return None if setting is None else torch.tensor(setting)

@@ -109,22 +109,29 @@ class Comparison:
         difference: accuracy of the first minus accuracy of the second.
         ci95: bootstrap interval of that difference.
         p_value: exact McNemar test (McNemar, 1947): could a fair coin have split the rows on which they disagree?
+            None for several seeds, whose answers to one row are not independent.
     """
 
     difference: float
     ci95: tuple[float, float]
-    p_value: float
+    p_value: float | None
+
+    @property
+    def verdict(self) -> str:
+        """What the interval says, to stand between the names of the two."""
+        low, high = self.ci95
+        return "is better than" if low > 0 else "is worse than" if high < 0 else "can't be told from"
 
 
 def compare(correct_a: ArrayLike, correct_b: ArrayLike) -> Comparison:
     """Compare two models row by row; a paired comparison sees smaller differences than two intervals do.
 
     Args:
-        correct_a, correct_b: 1 where the model was right on the row, else 0; shape (N,), the same rows in the
-            same order.
+        correct_a, correct_b: 1 where the model was right on the row, else 0; shape (N,) or (seeds, N), the same
+            rows in the same order.
 
     Raises:
-        ValueError: the two are not of the same length.
+        ValueError: the two are not of the same shape.
     """
     from scipy.stats import binomtest
 
@@ -133,9 +140,11 @@ def compare(correct_a: ArrayLike, correct_b: ArrayLike) -> Comparison:
         raise ValueError(
             f"A paired comparison needs the same rows: got {a.size} and {b.size}; evaluate both on one split."
         )
-    only_a, only_b = int(np.sum(a > b)), int(np.sum(b > a))
-    p_value = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    return Comparison(float(np.mean(a - b)), bootstrap_interval(a - b), float(p_value))
+    p_value = None
+    if a.ndim == 1:
+        only_a, only_b = int(np.sum(a > b)), int(np.sum(b > a))
+        p_value = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return Comparison(float(np.mean(a - b)), bootstrap_interval(a - b), p_value)
 
 
 @dataclass(frozen=True)

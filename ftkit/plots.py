@@ -55,7 +55,10 @@ class Figure:
 
 
 def scores(metrics: Mapping[str, Mapping[str, Any]], *, axis: str = "accuracy on the test rows") -> Figure:
-    """A dot with its 95 % interval for each method, from the dict that goes into metrics.json."""
+    """A dot with its 95 % interval for each method, from the dict that goes into metrics.json.
+
+    Where an entry has a ``majority``, a grey line marks it.
+    """
     names = [name.replace("_", " ") for name in metrics]
     values = [method["accuracy"] for method in metrics.values()]
     low, high = zip(*(method["ci95"] for method in metrics.values()), strict=True)
@@ -64,6 +67,10 @@ def scores(metrics: Mapping[str, Mapping[str, Any]], *, axis: str = "accuracy on
         ax.errorbar(values, range(len(names)), xerr=_arms(values, low, high), fmt="o", capsize=4, markersize=7)
         for i, value in enumerate(values):
             ax.annotate(f"{value:.2f}", (value, i), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9)
+        for i, method in enumerate(metrics.values()):
+            if "majority" in method:
+                ax.plot([method["majority"]] * 2, [i - 0.3, i + 0.3], color="0.4", label="majority" if i == 0 else None)
+                ax.legend(frameon=False, loc="lower left")
         ax.set(yticks=range(len(names)), yticklabels=names, xlabel=f"{axis} (dot: mean over seeds; bar: 95 % interval)")
         ax.set_ylim(len(names) - 0.4, -0.7)
     told = ", ".join(f"{name} {value:.2f}" for name, value in zip(names, values, strict=True))
@@ -82,17 +89,18 @@ def learning_curves(runs: Mapping[str, Sequence[History]]) -> Figure:
                 losses = pd.Series([step["loss"] for step in history.steps])
                 smooth = losses.rolling(10, min_periods=1).mean()
                 left.plot(losses.index + 1, smooth, color=colour, alpha=0.8, lw=1.5, label=label)
-                epochs = [epoch["epoch"] for epoch in history.epochs]
-                accuracies = [epoch["validation_accuracy"] for epoch in history.epochs]
+                validated = [epoch for epoch in history.epochs if "validation_accuracy" in epoch]
+                epochs = [epoch["epoch"] for epoch in validated]
+                accuracies = [epoch["validation_accuracy"] for epoch in validated]
                 right.plot(epochs, accuracies, "o-", color=colour, alpha=0.8, label=label)
                 rows += [{"method": name, "run": seed, **epoch} for epoch in history.epochs]
         left.set(xlabel="optimiser step (mean of the last 10)", ylabel="training loss (nats)", ylim=(0, None))
         right.set(xlabel="epoch", ylabel="validation accuracy")
         right.set_xticks(sorted({row["epoch"] for row in rows}))
         left.legend(frameon=False)
-    last = {name: np.mean([h.epochs[-1]["validation_accuracy"] for h in histories]) for name, histories in runs.items()}
+    last = {name: np.mean([h.steps[-1]["loss"] for h in histories]) for name, histories in runs.items()}
     told = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in last.items())
-    alt = f"Training loss by step and validation accuracy by epoch; mean accuracy after the last epoch: {told}."
+    alt = f"Training loss by step and validation accuracy by epoch; mean loss at the last step: {told}."
     return Figure(drawn, alt, pd.DataFrame(rows).set_index(["method", "run", "epoch"]))
 
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ftkit import TIERS
 
@@ -17,6 +17,7 @@ class NotebookSettings(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    tier: str = Field(description="the tier that the defaults are from")
     DEFAULTS: ClassVar[dict[str, dict[str, Any]]]
 
     @classmethod
@@ -32,7 +33,7 @@ class NotebookSettings(BaseModel):
         if tier not in TIERS:
             raise ValueError(f"There is no tier {tier!r}: it can be {', '.join(TIERS)}.")
         chosen = {name: value for name, value in given.items() if value is not None}
-        return cls(**{**cls.DEFAULTS[tier], **chosen})
+        return cls(**{**cls.DEFAULTS[tier], **chosen, "tier": tier})
 
     @classmethod
     def from_cell(cls, namespace: Mapping[str, Any]) -> Self:
@@ -44,7 +45,7 @@ class NotebookSettings(BaseModel):
         Raises:
             ValueError: as for ``at``.
         """
-        return cls.at(namespace["tier"], **{name: namespace.get(name) for name in cls.model_fields})
+        return cls.at(namespace["tier"], **{name: namespace.get(name) for name in cls.model_fields if name != "tier"})
 
 
 class FullFineTuning(NotebookSettings):
@@ -63,7 +64,14 @@ class FullFineTuning(NotebookSettings):
     max_length: int = Field(ge=8, le=8192, description="tokens kept of a text")
     seeds: list[int] = Field(min_length=1, description="each draws its own rows, weights and order")
     few_rows: list[int] = Field(min_length=1, description="training rows tried in the study of size")
-    far_domains: list[str] = Field(description="assets with the same labels that the tuned model is tried on")
+    far_domains: list[str] = Field(description="sentiment assets that a tuned sentiment model is tried on")
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds {seeds} repeat: a run that is counted twice narrows the interval")
+        return seeds
 
     DEFAULTS: ClassVar = {
         "smoke": {

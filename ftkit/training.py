@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ftkit.batching import evaluation_batches, make_batch, row_labels, row_lengths, training_batches
-from ftkit.callbacks import Callback, History, Run
+from ftkit.callbacks import Callback, History, TrainingRun
 from ftkit.gradients import Penalty, accumulate_gradients, make_class_weights
 from ftkit.meter import Meter
 from ftkit.metrics import Evaluation
@@ -62,8 +62,7 @@ def fit(
     """Train a model in place, and leave it in eval mode.
 
     Args:
-        model: called as ``model(**batch)``, gives an object with ``logits`` of shape (B, C); where the labels are
-            not one class a row it is given them too, and its own mean ``loss`` is used. What has
+        model: a classifier, called as ``model(**batch)``; gives an object with ``logits`` of shape (B, C). What has
             ``requires_grad`` is trained.
         data: rows by split, as ``encode`` makes them: "train" and, if there is one, "validation". A row is a dict of
             numbers and sequences, ``labels`` among them.
@@ -82,13 +81,13 @@ def fit(
     wrapped = accelerator.prepare_model(model)
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, settings))
     lengths = row_lengths(data["train"])
-    class_weights = make_class_weights(settings.class_weights, row_labels(data["train"]))
+    class_weights = make_class_weights(settings.class_weights, row_labels(data["train"]), _num_classes(model))
     if class_weights is not None:
         class_weights = class_weights.to(accelerator.device)
 
     batches_a_step = settings.accumulation * accelerator.num_processes
     steps_an_epoch = math.ceil(math.ceil(len(lengths) / settings.batch_size) / batches_a_step)
-    run = Run(model, data, settings, optimizer, total_steps=steps_an_epoch * settings.num_epochs)
+    run = TrainingRun(model, data, settings, optimizer, total_steps=steps_an_epoch * settings.num_epochs)
     bar = Bar(run.total_steps, "training")
     meter = Meter()
     try:
@@ -127,7 +126,7 @@ def fit(
                     _end_epoch(run, steps_an_epoch)
                     for callback in callbacks:
                         callback.on_epoch(run)
-            run.history.ended = "stopped" if run.stop else "finished"
+            run.history.ended = "stopped" if run.step < run.total_steps else "finished"
             if settings.keep_best and run.best_weights is not None:
                 model.load_state_dict(run.best_weights, strict=False)
     except KeyboardInterrupt:
@@ -200,7 +199,12 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
     return torch.optim.AdamW(groups, lr=settings.lr, fused=True)  # fused: on the CPU too, it is the fastest
 
 
-def _end_epoch(run: Run, steps_an_epoch: int) -> None:
+def _num_classes(model: nn.Module) -> int:
+    """Classes of a model whose config tells; 0 for another, whose classes are those of the training rows."""
+    return getattr(getattr(model, "config", None), "num_labels", 0)
+
+
+def _end_epoch(run: TrainingRun, steps_an_epoch: int) -> None:
     """Validate, and keep the weights if they are the best so far (the first of equals)."""
     history = run.history
     losses = [step["loss"] for step in history.steps[-steps_an_epoch:]]
@@ -226,7 +230,7 @@ def _accelerator(precision: str) -> Accelerator:
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
 
 
-def _require_finite(what: str, value: float, run: Run, group: list[Any]) -> None:
+def _require_finite(what: str, value: float, run: TrainingRun, group: list[Any]) -> None:
     if math.isfinite(value):
         return
     numbers = [str(int(i)) for rows in group for i in rows]
@@ -241,7 +245,7 @@ def _require_finite(what: str, value: float, run: Run, group: list[Any]) -> None
 
 
 @contextmanager
-def _plain_errors(run: Run) -> Iterator[None]:
+def _plain_errors(run: TrainingRun) -> Iterator[None]:
     """Say what to do when memory runs out."""
     try:
         yield

@@ -188,3 +188,15 @@ def test_over_seeds_gives_the_mean_and_its_interval() -> None:
     assert low < mean < high
     with pytest.raises(ValueError, match="same rows"):
         over_seeds([seeds[0], make_evaluation(labels[::-1], labels)])
+
+
+def test_compare_over_seeds_resamples_rows_and_seeds_and_says_what_the_interval_says() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.random((3, 400)) < 0.9, rng.random((3, 400)) < 0.6
+    comparison = compare(a, b)
+    assert comparison.difference == pytest.approx(a.mean() - b.mean())
+    assert comparison.ci95 == bootstrap_interval(a.astype(float) - b)
+    assert comparison.p_value is None
+    assert comparison.verdict == "is better than"
+    assert compare(b, a).verdict == "is worse than"
+    assert compare(a[0], rng.permuted(a[0])).verdict == "can't be told from"

@@ -28,20 +28,37 @@ WRONG = {
     ("01_full_fine_tuning", "cross-entropy"): {
         "p = logits.softmax(-1)\nreturn p[torch.arange(len(labels)), labels].log().mean()": "minus sign",
         "return F.cross_entropy(logits, labels, reduction='sum')": "not the sum",
+        "return F.cross_entropy(logits, labels, reduction='none')": "one number",
         "return F.cross_entropy(logits.softmax(-1), labels)": "twice",
         "e = logits.exp()\nreturn (e.sum(-1) / e[torch.arange(len(labels)), labels]).log().mean()": "overflow",
+        "return -(logits.softmax(-1) + 1e-9)[torch.arange(len(labels)), labels].log().mean()": "overflow",
         "pass": "return the loss",
     },
     ("01_full_fine_tuning", "warm-up"): {
-        "return step / warmup if step < warmup else 1 - step / total": "from `warmup` to `total`",
+        "return step / warmup if step < warmup else 1 - step / total": "from `warmup`",
         "return 1 - step / total": "half-way",
+        "return min(1, step / warmup)": "falls",
         "pass": "return the factor",
     },
     ("01_full_fine_tuning", "accumulation"): {
         "return sum(mean_losses) / len(mean_losses)": "mean of means",
         "return sum(mean_losses)": "adding the means",
+        "return sum(loss * size for loss, size in zip(mean_losses, sizes))": "divide by the number of rows",
         "pass": "return the loss",
     },
+    ("01_full_fine_tuning", "training-step"): {
+        "loss = F.cross_entropy(layer(X), y)\nloss.backward()\n"
+        "torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)\noptimizer.step()\nreturn loss": "zero_grad",
+        "loss = F.cross_entropy(layer(X), y)\nloss.backward()\noptimizer.step()\n"
+        "optimizer.zero_grad()\nreturn loss": "clip",
+        "return F.cross_entropy(layer(X), y)": "nothing moved",
+        "pass": "return the loss",
+    },
+}
+# Right answers of another kind than the solution, which the check must take
+RIGHT = {
+    ("01_full_fine_tuning", "cross-entropy"): ["return F.nll_loss(logits.log_softmax(-1), labels)"],
+    ("01_full_fine_tuning", "accumulation"): ["return float(np.average(mean_losses, weights=sizes))"],
 }
 
 
@@ -87,6 +104,13 @@ def exercises(notebook: nbformat.NotebookNode) -> dict[str, tuple[str, str]]:
     return {name: (cell.source, graded[f"{name}-check"].source) for name, cell in solutions.items()}
 
 
+def with_body(solution: str, body: str) -> str:
+    """The solution cell with another answer in it."""
+    cell, replaced = SOLUTION.subn(lambda match: "\n".join(match[1] + line for line in body.split("\n")), solution)
+    assert replaced == 1
+    return cell
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_form(path: Path) -> None:
     notebook = read(path)
@@ -126,10 +150,11 @@ def test_exercises_pass_the_solution_and_fail_the_stub(path: Path) -> None:
         exec(imports, namespace)
         exec(solution, namespace)
         exec(check, namespace)
+        for body in RIGHT.get((path.stem, name), []):
+            exec(with_body(solution, body), namespace)
+            exec(check, namespace)
         for body, words in {"raise NotImplementedError": None, **answers}.items():
-            stub = SOLUTION.sub(lambda m, body=body: "\n".join(m[1] + line for line in body.split("\n")), solution)
-            assert stub != solution
-            exec(stub, namespace)
+            exec(with_body(solution, body), namespace)
             with pytest.raises((AssertionError, NotImplementedError), match=words):
                 exec(check, namespace)
 

@@ -23,13 +23,13 @@ def test_a_value_that_is_given_wins_and_none_is_the_tiers(monkeypatch: pytest.Mo
 
 def test_the_environment_overrides_the_tier(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FTKIT_TIER", "smoke")
-    assert FullFineTuning.at("cpu") == FullFineTuning(**FullFineTuning.DEFAULTS["smoke"])
+    assert FullFineTuning.at("cpu") == FullFineTuning(tier="smoke", **FullFineTuning.DEFAULTS["smoke"])
     monkeypatch.setenv("FTKIT_TIER", "tpu")
     with pytest.raises(ValueError, match="no tier 'tpu': it can be smoke, cpu, gpu"):
         FullFineTuning.at("cpu")
 
 
-@pytest.mark.parametrize("wrong", [{"lr": 7}, {"seeds": []}, {"row": 10}, {"rows": "many"}])
+@pytest.mark.parametrize("wrong", [{"lr": 7}, {"seeds": []}, {"seeds": [0, 0]}, {"row": 10}, {"rows": "many"}])
 def test_what_is_unknown_or_out_of_bounds_is_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         FullFineTuning.at("cpu", **wrong)

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from ftkit.batching import make_batch, row_lengths, training_batches
-from ftkit.callbacks import Callback, Checkpoint, EarlyStopping, Run
+from ftkit.callbacks import Callback, Checkpoint, EarlyStopping, TrainingRun
 from ftkit.gradients import accumulate_gradients, make_class_weights
 from ftkit.training import TrainingError, TrainSettings, evaluate, fit, lr_factor
 
@@ -91,15 +91,13 @@ def test_schedule_equals_that_of_transformers(schedule: str) -> None:
 @pytest.mark.parametrize("class_weights", [None, (0.3, 1.7)])
 def test_accumulated_batches_give_the_gradient_of_the_large_one(class_weights: tuple[float, float] | None) -> None:
     rows, settings = make_rows(19), TrainSettings(label_smoothing=0.1)
-    weights = make_class_weights(class_weights, [])
+    weights = make_class_weights(class_weights, [], 2)
 
     def gradient(group: list[np.ndarray]) -> tuple[float, torch.Tensor]:
         model = make_tiny_bert(dropout=0).double()
-        run = Run(model, {"train": rows}, settings, torch.optim.SGD(model.parameters()), total_steps=1)
+        run = TrainingRun(model, {"train": rows}, settings, torch.optim.SGD(model.parameters()), total_steps=1)
         penalty = [lambda model, batch, outputs: outputs.logits.square().mean()]
-        loss = accumulate_gradients(
-            Accelerator(cpu=True), model, run, group, None if weights is None else weights, penalty
-        )
+        loss = accumulate_gradients(Accelerator(cpu=True), model, run, group, weights, penalty)
         return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     large_loss, large = gradient([np.arange(19)])
@@ -141,7 +139,8 @@ def test_balanced_class_weights_equal_those_of_scikit_learn() -> None:
 
     labels = [0] * 7 + [1] * 2 + [2] * 11
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
-    np.testing.assert_allclose(make_class_weights("balanced", labels), expected, rtol=1e-6)
+    np.testing.assert_allclose(make_class_weights("balanced", labels, 3), expected, rtol=1e-6)
+    assert make_class_weights("balanced", [0, 0, 2], 4).tolist() == pytest.approx([3 / 8, 0, 3 / 4, 0])
 
 
 # Chance, checkpoints, interruption ----------------------------------------------------------------------------
@@ -211,23 +210,27 @@ def test_killed_at_random_steps_and_resumed_a_run_ends_with_bit_identical_weight
     assert not list(tmp_path.glob("*.partial")) or kills  # a partial file may be left by a kill, never read
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path, tiny_data: dict) -> None:
+def test_a_checkpoint_of_other_settings_or_rows_is_refused(tmp_path: Path, tiny_data: dict) -> None:
     fit(make_tiny_bert(), tiny_data, TrainSettings(**FAST), callbacks=[Checkpoint(tmp_path / "run.ckpt")])
     with pytest.raises(ValueError, match=r"of a run with lr=0\.001, this one has 0\.002"):
         other = TrainSettings(**FAST | {"lr": 2e-3})
         fit(make_tiny_bert(), tiny_data, other, callbacks=[Checkpoint(tmp_path / "run.ckpt")])
+    with pytest.raises(ValueError, match="of a run with training rows="):
+        rows = {"train": make_rows(90, seed=5), "validation": tiny_data["validation"]}
+        fit(make_tiny_bert(), rows, TrainSettings(**FAST), callbacks=[Checkpoint(tmp_path / "run.ckpt")])
 
 
 class SignalAt(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step(self, run: Run) -> None:
+    def on_step(self, run: TrainingRun) -> None:
         if run.step == self.step:
             signal.raise_signal(signal.SIGINT)
 
 
 def test_ctrl_c_returns_the_history_and_a_usable_model(tiny_data: dict, capsys: pytest.CaptureFixture) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     model = make_tiny_bert()
     history = fit(model, tiny_data, TrainSettings(**FAST), callbacks=[SignalAt(5)])
     assert history.ended == "interrupted"
@@ -243,7 +246,7 @@ def test_ctrl_c_returns_the_history_and_a_usable_model(tiny_data: dict, capsys: 
 
 def test_a_loss_that_is_not_finite_names_step_rows_and_cause(tiny_data: dict) -> None:
     class Poison(Callback):
-        def on_step(self, run: Run) -> None:
+        def on_step(self, run: TrainingRun) -> None:
             if run.step == 2:
                 run.model.classifier.weight.data.fill_(torch.inf)
 
@@ -296,6 +299,8 @@ def test_early_stopping_ends_a_run_that_does_not_improve() -> None:
     history = fit(make_tiny_bert(dropout=0), data, settings, callbacks=[EarlyStopping(patience=2)])
     assert history.ended == "stopped"
     assert len(history.epochs) == history.best_epoch + 2
+    with pytest.raises(ValueError, match="watches the validation rows"):
+        fit(make_tiny_bert(), {"train": make_rows(8)}, settings, callbacks=[EarlyStopping()])
 
 
 def test_frozen_parameters_stay(tiny_data: dict) -> None:
