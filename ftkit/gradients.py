@@ -65,8 +65,15 @@ def _weight(labels: Tensor, class_weights: Tensor | None) -> Tensor:
 
 
 def make_class_weights(setting: str | Sequence[float] | None, labels: Sequence[int], num_classes: int) -> Tensor | None:
-    """The weight of each class, shape (C,): "balanced" is N / (C n_c), as in scikit-learn, 0 for an absent class."""
+    """The weight of each class, shape (C,): "balanced" is N / (C n_c), as in scikit-learn, 0 for an absent class.
+
+    Raises:
+        ValueError: the number of weights given is not that of the classes.
+    """
+    num_classes = max(num_classes, 1 + max(labels))
     if setting == "balanced":
         counts = torch.bincount(torch.tensor(labels), minlength=num_classes).float()
-        return torch.where(counts > 0, counts.sum() / (len(counts) * counts.clamp(min=1)), 0.0)
+        return torch.where(counts > 0, counts.sum() / (num_classes * counts.clamp(min=1)), 0.0)
+    if setting is not None and len(setting) != num_classes:
+        raise ValueError(f"class_weights has {len(setting)} values for {num_classes} classes: give one for each.")
     return None if setting is None else torch.tensor(setting)

@@ -200,7 +200,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
 
 
 def _num_classes(model: nn.Module) -> int:
-    """Classes of a model whose config tells; 0 for another, whose classes are those of the training rows."""
+    """Classes of a model whose config tells; 0 for another, whose classes are those of its rows."""
     return getattr(getattr(model, "config", None), "num_labels", 0)
 
 

@@ -171,8 +171,7 @@ def test_ctrl_c_leaves_a_report_and_no_kernel(tmp_path: Path) -> None:
         "print(run.error, run.report.exists())"
     )
     command = [sys.executable, "-c", script, str(notebook), str(tmp_path / "out")]
-    heeding = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # background jobs ignore it
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heeding)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while not (pids := list(tmp_path.glob("out/*/pids"))):
             assert process.poll() is None, process.stderr.read()

@@ -91,7 +91,7 @@ def test_schedule_equals_that_of_transformers(schedule: str) -> None:
 @pytest.mark.parametrize("class_weights", [None, (0.3, 1.7)])
 def test_accumulated_batches_give_the_gradient_of_the_large_one(class_weights: tuple[float, float] | None) -> None:
     rows, settings = make_rows(19), TrainSettings(label_smoothing=0.1)
-    weights = make_class_weights(class_weights, [], 2)
+    weights = make_class_weights(class_weights, [0, 1], 2)
 
     def gradient(group: list[np.ndarray]) -> tuple[float, torch.Tensor]:
         model = make_tiny_bert(dropout=0).double()
@@ -140,6 +140,8 @@ def test_balanced_class_weights_equal_those_of_scikit_learn() -> None:
     labels = [0] * 7 + [1] * 2 + [2] * 11
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
     np.testing.assert_allclose(make_class_weights("balanced", labels, 3), expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="has 2 values for 3 classes: give one for each"):
+        make_class_weights((1.0, 2.0), labels, 3)
     assert make_class_weights("balanced", [0, 0, 2], 4).tolist() == pytest.approx([3 / 8, 0, 3 / 4, 0])
 
 
