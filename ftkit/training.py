@@ -81,9 +81,10 @@ def fit(
     wrapped = accelerator.prepare_model(model)
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, settings))
     lengths = row_lengths(data["train"])
-    class_weights = make_class_weights(settings.class_weights, row_labels(data["train"]), _num_classes(model))
-    if class_weights is not None:
-        class_weights = class_weights.to(accelerator.device)
+    class_weights = None
+    if settings.class_weights is not None:  # only then are all labels read
+        weights = make_class_weights(settings.class_weights, row_labels(data["train"]), _num_classes(model))
+        class_weights = weights.to(accelerator.device)
 
     batches_a_step = settings.accumulation * accelerator.num_processes
     steps_an_epoch = math.ceil(math.ceil(len(lengths) / settings.batch_size) / batches_a_step)
