@@ -16,7 +16,7 @@ from pathlib import Path
 import nbformat
 
 from ftkit.execution import execute
-from ftkit.runs import results_table
+from ftkit.results import results_table
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 README = Path(__file__).parents[1] / "README.md"

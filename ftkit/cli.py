@@ -64,7 +64,7 @@ def _parameter(text: str) -> tuple[str, Any]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ftkit import runs
+    from ftkit import results, runs
 
     notebook = runs.find_notebook(arguments.notebook)
     _fetch_assets(runs.assets_of(notebook))
@@ -72,7 +72,7 @@ def _run(arguments: argparse.Namespace) -> int:
         notebook, dict(arguments.parameter), tier=arguments.tier, out=arguments.out, html=arguments.html
     )
     if run.metrics:
-        print(runs.format_table(run.metrics))
+        print(results.format_table(run.metrics))
     print(run.report or run.executed)
     if run.error:
         print(f"ftkit: {run.error}", file=sys.stderr)

@@ -14,7 +14,8 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
 from ftkit.machine import describe_machine
-from ftkit.runs import Run, results_table
+from ftkit.results import results_table
+from ftkit.runs import Run
 
 CODE_STYLE = "xcode"  # every colour of it reads well on a light ground
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/…])(?:/[\w.+@-]+)+/(?=[\w.+@-])|\b[A-Za-z]:(?:\\[\w.+@ -]+)+\\")

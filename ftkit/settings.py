@@ -1,94 +1,60 @@
-"""The typed settings of each notebook: one class a notebook, with a default per tier."""
+"""The settings of each notebook: what can be turned in it, within which bounds, with which default at which tier."""
 
-import os
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-
-from ftkit import TIERS
+from ftkit.schema import Dataset, Model, NotebookSettings, OwnFile, setting
 
 
-class NotebookSettings(BaseModel):
-    """What all notebooks share: a tier picks the defaults, a value that is given wins.
+class TextSettings(NotebookSettings):
+    """What the notebooks on classified texts share."""
 
-    Attributes:
-        DEFAULTS: values of each tier.
-    """
+    model: Model = setting("an asset, a hub id (owner/name) or a folder", "minilm", gpu="google-bert/bert-base-uncased")
+    dataset: Dataset = setting("an asset or a hub id (owner/name)", "movie-sentiment")
+    data: OwnFile | None = setting("your own CSV, TSV, JSON Lines or Parquet file instead", None)
+    text: str | None = setting("column with the texts, guessed if None", None)
+    label: str | None = setting("column with the labels, guessed if None", None)
+    rows: int = setting(
+        "training rows of each seed", 1000, smoke=64, gpu=6000, between=(20, 1_000_000), unit="rows", log=True
+    )
+    test_rows: int = setting(
+        "rows every score is measured on", 1000, smoke=100, gpu=2000, between=(20, 1_000_000), unit="rows", log=True
+    )
+    max_length: int = setting(
+        "tokens kept of a text", 64, smoke=32, gpu=128, between=(8, 8192), unit="tokens", log=True
+    )
+    seed: int = setting("the first seed", 0, between=(0, 1_000_000))
+    num_seeds: int = setting(
+        "seeds; each draws its own rows, weights and order", 3, smoke=1, gpu=5, between=(1, 100), unit="seeds"
+    )
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    tier: str = Field(description="the tier that the defaults are from")
-    DEFAULTS: ClassVar[dict[str, dict[str, Any]]]
+    @property
+    def source(self) -> str:
+        """Where the texts come from: the reader's own file, or the data set."""
+        return self.data or self.dataset
 
-    @classmethod
-    def at(cls, tier: str, **given: Any) -> Self:
-        """The settings of a tier; a given value that is not None replaces its default.
-
-        FTKIT_TIER overrides the tier: tools that execute notebooks but pass no parameters (nbval) choose it so.
-
-        Raises:
-            ValueError: no such tier, an unknown name, a value out of bounds.
-        """
-        tier = os.environ.get("FTKIT_TIER", tier)
-        if tier not in TIERS:
-            raise ValueError(f"There is no tier {tier!r}: it can be {', '.join(TIERS)}.")
-        chosen = {name: value for name, value in given.items() if value is not None}
-        return cls(**{**cls.DEFAULTS[tier], **chosen, "tier": tier})
-
-    @classmethod
-    def from_cell(cls, namespace: Mapping[str, Any]) -> Self:
-        """The settings of a notebook's `parameters` cell: called with ``globals()`` in the cell after it.
-
-        Args:
-            namespace: holds ``tier`` and, under the names of the settings, their values.
-
-        Raises:
-            ValueError: as for ``at``.
-        """
-        return cls.at(namespace["tier"], **{name: namespace.get(name) for name in cls.model_fields if name != "tier"})
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds of the run."""
+        return list(range(self.seed, self.seed + self.num_seeds))
 
 
-class FullFineTuning(NotebookSettings):
+class FullFineTuning(TextSettings):
     """Notebook 01."""
 
-    model: str = Field(description="asset, hub id or folder")
-    data: str = Field(description="asset, hub id, or your CSV, TSV, JSON Lines or Parquet file")
-    text: str | None = Field(None, description="column with the texts; guessed if not named")
-    label: str | None = Field(None, description="column with the labels; guessed if not named")
-    rows: int = Field(ge=20, description="training rows of each seed")
-    test_rows: int = Field(ge=20, description="rows that every score is measured on")
-    lr: float = Field(gt=0, le=1, description="peak learning rate of full fine-tuning")
-    scratch_lr: float = Field(gt=0, le=1, description="peak learning rate of the network with random weights")
-    num_epochs: int = Field(ge=1, le=100, description="passes over the training rows")
-    batch_size: int = Field(ge=1, le=1024, description="rows a step")
-    max_length: int = Field(ge=8, le=8192, description="tokens kept of a text")
-    seeds: list[int] = Field(min_length=1, description="each draws its own rows, weights and order")
-    few_rows: list[int] = Field(min_length=1, description="training rows tried in the study of size")
-    far_domains: list[str] = Field(description="sentiment assets that a tuned sentiment model is tried on")
+    NOTEBOOK: ClassVar = "01_full_fine_tuning"
+    PANEL: ClassVar = ("lr", "schedule", "warmup", "rows", "num_epochs", "batch_size", "keep_best", "seed", "num_seeds")
 
-    @field_validator("seeds")
-    @classmethod
-    def _distinct(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"seeds {seeds} repeat: a run that is counted twice narrows the interval")
-        return seeds
-
-    DEFAULTS: ClassVar = {
-        "smoke": {
-            "model": "minilm", "data": "movie-sentiment", "rows": 64, "test_rows": 100, "lr": 1e-4, "scratch_lr": 3e-4,
-            "num_epochs": 1, "batch_size": 16, "max_length": 32, "seeds": [0],
-            "few_rows": [20, 128], "far_domains": ["product-sentiment"],
-        },
-        "cpu": {
-            "model": "minilm", "data": "movie-sentiment", "rows": 1000, "test_rows": 1000, "lr": 1e-4,
-            "scratch_lr": 3e-4, "num_epochs": 2, "batch_size": 16, "max_length": 64,
-            "seeds": [0, 1, 2], "few_rows": [50, 200, 2000],
-            "far_domains": ["product-sentiment", "editorial-sentiment", "tweet-sentiment"],
-        },
-        "gpu": {
-            "model": "google-bert/bert-base-uncased", "data": "movie-sentiment", "rows": 6000, "test_rows": 2000,
-            "lr": 3e-5, "scratch_lr": 1e-4, "num_epochs": 3, "batch_size": 32, "max_length": 128,
-            "seeds": [0, 1, 2, 3, 4], "few_rows": [50, 200, 2000],
-            "far_domains": ["product-sentiment", "editorial-sentiment", "tweet-sentiment"],
-        },
-    }  # fmt: skip
+    lr: float = setting("peak learning rate of full fine-tuning", 1e-4, gpu=3e-5, between=(1e-7, 1), log=True)
+    scratch_lr: float = setting("peak learning rate from random weights", 3e-4, gpu=1e-4, between=(1e-7, 1), log=True)
+    schedule: Literal["linear", "cosine", "constant"] = setting("the rate after warm-up", "linear")
+    warmup: float = setting("share of the steps over which the rate rises from 0", 0.1, between=(0, 0.9))
+    num_epochs: int = setting("passes over the training rows", 2, smoke=1, gpu=3, between=(1, 100), unit="epochs")
+    batch_size: int = setting("rows a step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
+    keep_best: bool = setting("end with the weights of the epoch best on validation", True)
+    live_rows: list[int] = setting("numbers of rows tried live beside the recorded study", [50, 200], smoke=[20])
+    live_rates: list[float] = setting("learning rates tried live beside the recorded study", [0.01])
+    far_domains: list[Dataset] = setting(
+        "sentiment data that a tuned sentiment model is tried on",
+        ["product-sentiment", "editorial-sentiment", "tweet-sentiment"],
+        smoke=["product-sentiment"],
+    )

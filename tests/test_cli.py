@@ -13,7 +13,7 @@ def notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     parameters = nbformat.v4.new_code_cell("tier: str = 'cpu'\nx: float = 1.0", metadata={"tags": ["parameters"]})
     result = nbformat.v4.new_code_cell(
-        "from ftkit.runs import save_metrics\n"
+        "from ftkit.results import save_metrics\n"
         "assert x > 0, 'x must be positive'\n"
         "path = save_metrics({'x': x, 'tier': tier}, {'double': {'accuracy': x * 2}})"
     )

@@ -17,7 +17,8 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from ftkit.runs import Run, find_notebook, format_table, results_table, run_notebook, save_metrics
+from ftkit.results import format_table, results_table, save_metrics
+from ftkit.runs import Run, find_notebook, run_notebook
 
 PARAMETERS = 'lr: float = 1e-4  # step size (eta = lr)\ndata: str | None = None\ntier: str = "cpu"'
 METRICS = {
@@ -47,7 +48,7 @@ OUTPUTS = """
 import os, sys, pathlib
 import ipywidgets, pandas
 from IPython.display import HTML, Image, Javascript, display
-from ftkit.runs import results_table, save_metrics
+from ftkit.results import results_table, save_metrics
 save_metrics({"lr": lr, "tier": tier}, {"full": {"accuracy": 0.8125, "ci95": [0.78, 0.84], "seeds": [0, 1]}})
 print("lr is", lr, "at", tier, "from", sys.executable, "in", os.getcwd(), pathlib.Path.home() / "x")
 print("step 1\\rstep 2", file=sys.stderr)

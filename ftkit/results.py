@@ -1,0 +1,137 @@
+"""What a run scored: an outcome for each seed, a method's entry in metrics.json, and the table that people read."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ftkit.callbacks import History
+    from ftkit.metrics import Evaluation
+
+COLUMNS = ("accuracy", "95 % interval", "seeds", "trainable parameters", "seconds", "peak memory (MiB)")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One training run of one seed.
+
+    Attributes:
+        seed: that it was made with.
+        history: of the training; it has the cost too.
+        evaluations: of the trained model, by split; a score is looked at in the first one first.
+    """
+
+    seed: int
+    history: "History"
+    evaluations: Mapping[str, "Evaluation"]
+
+
+def method_entry(
+    evaluations: "Sequence[Evaluation]", costs: Sequence[Any], *, seeds: Sequence[int], trainable_parameters: int
+) -> dict[str, Any]:
+    """One method's entry in metrics.json.
+
+    Args:
+        evaluations: one a seed, on the same rows.
+        costs: one a seed, each with ``seconds`` and ``peak_rss_mib`` (a History or a Meter); entered are the mean
+            seconds and the highest peak.
+        seeds: of the runs.
+        trainable_parameters: number of weights that the method trains.
+    """
+    from ftkit.metrics import over_seeds
+
+    accuracy, ci95 = over_seeds(evaluations)
+    return {
+        "accuracy": accuracy,
+        "ci95": ci95,
+        "seeds": list(seeds),
+        "by_seed": [evaluation.accuracy for evaluation in evaluations],
+        "trainable_parameters": trainable_parameters,
+        "seconds": sum(cost.seconds for cost in costs) / len(costs),
+        "peak_rss_mib": max(cost.peak_rss_mib for cost in costs),
+    }
+
+
+def save_metrics(
+    settings: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], *, folder: str | Path | None = None
+) -> Path:
+    """Write a notebook's results as ``metrics.json``, whole or not at all; called by the notebook itself.
+
+    Args:
+        settings: the settings that the results were got with.
+        metrics: for each method ``accuracy``, ``ci95`` (low, high), ``seeds`` (a list), ``trainable_parameters``,
+            ``seconds`` and ``peak_rss_mib``; None where a figure makes no sense.
+        folder: where to; by default the run's folder, or ``runs/interactive`` when a person runs the notebook.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+        TypeError: a value has no JSON form.
+    """
+    folder = folder or os.environ.get("FTKIT_RUN_DIR") or runs_folder() / "interactive"
+    record = {"settings": _plain(settings, "settings"), "metrics": _plain(metrics, "metrics")}
+    path = Path(folder) / "metrics.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"metrics.json.{os.getpid()}")
+    unfinished.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def runs_folder() -> Path:
+    """Where runs go by default: ``runs`` in the current folder."""
+    # JupyterLab starts kernels in notebooks/, which is to hold notebooks only
+    return (Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()) / "runs"
+
+
+def results_table(metrics: Mapping[str, Mapping[str, Any]]) -> "pd.DataFrame":
+    """The results as people read them: a row a method, `COLUMNS` as text, a dash for what there is no figure for."""
+    import pandas as pd
+
+    def shown(value: Any, form: str) -> str:
+        return "–" if value is None else form.format(value)
+
+    rows = []
+    for method in metrics.values():
+        seeds, ci95 = method.get("seeds"), method.get("ci95")
+        rows.append(
+            (
+                shown(method.get("accuracy"), "{:.3f}"),
+                shown(ci95, "{0[0]:.3f} to {0[1]:.3f}"),
+                shown(len(seeds) if isinstance(seeds, list | tuple) else seeds, "{}"),
+                shown(method.get("trainable_parameters"), "{:,}"),
+                shown(method.get("seconds"), "{:,.1f}"),
+                shown(method.get("peak_rss_mib"), "{:,.0f}"),
+            )
+        )
+    return pd.DataFrame(rows, index=[name.replace("_", " ") for name in metrics], columns=list(COLUMNS))
+
+
+def format_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """`results_table` for a terminal: aligned plain text, no trailing newline."""
+    return results_table(metrics).to_string()
+
+
+def _plain(value: Any, where: str) -> Any:
+    """``value`` as plain JSON; ``where`` names it in errors."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays, tensors
+        return _plain(value.tolist(), where)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}: metrics.json holds finite numbers only, or None for no figure.")
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise TypeError(f"{where} is a {type(value).__name__}, which has no JSON form: give a number, text or list.")
