@@ -127,36 +127,45 @@ def confusion(counts: ArrayLike, names: Sequence[str]) -> Figure:
     return Figure(drawn, alt, pd.DataFrame(counts, index=names, columns=names))
 
 
-def trend(
-    x: Sequence[float],
-    accuracies: Sequence[float],
-    intervals: Sequence[tuple[float, float]],
+def study(
+    summary: pd.DataFrame,
     *,
     xlabel: str,
+    live: Mapping[float, float] | None = None,
     reference: tuple[str, float] | None = None,
 ) -> Figure:
-    """Accuracy against a quantity on a logarithmic axis, with intervals.
+    """A recorded study: score by the values of one parameter, on a logarithmic axis.
 
     Args:
-        x: positive values of the quantity.
-        accuracies, intervals: one for each.
-        xlabel: name and unit of the quantity.
-        reference: name and accuracy of a baseline, drawn as a dashed line.
+        summary: from ``Study.summary``.
+        xlabel: name and unit of the parameter.
+        live: scores of runs made just now, by value; one may be of a value that the study has not.
+        reference: name and score of a baseline, drawn as a grey line.
     """
-    low, high = zip(*intervals, strict=True)
+    live = live or {}
+    score = str(summary.columns.name or "score").replace("_", " ")
+    values = sorted({*summary.index, *live})
     with plt.rc_context(STYLE):
-        drawn, ax = plt.subplots(figsize=(6.5, 3.6))
-        ax.errorbar(x, accuracies, yerr=_arms(accuracies, low, high), fmt="o-", capsize=4)
+        drawn, ax = plt.subplots(figsize=(7.5, 4))
+        for low, high, width, label in (
+            ("run_low", "run_high", 1.2, "95 % range of a single run"),
+            ("low", "high", 4.5, "95 % interval of the mean"),
+        ):
+            ax.vlines(summary.index, summary[low], summary[high], color=COLOURS[0], lw=width, label=label)
+        ax.plot(summary.index, summary["mean"], "o-", color=COLOURS[0], markersize=7, lw=1.2, label="mean over seeds")
+        if live:
+            ax.plot(*zip(*live.items(), strict=True), "D", color=COLOURS[1], markersize=6, label="run live just now")
         if reference:
-            ax.axhline(reference[1], ls="--", color="0.4")
-            where = {"xy": (0.2, reference[1]), "xycoords": ax.get_yaxis_transform(), "textcoords": "offset points"}
-            ax.annotate(reference[0], xytext=(0, 4), color="0.3", **where)
-        ax.set(xscale="log", xlabel=xlabel, ylabel="accuracy (bar: 95 % interval)")
-        ax.set_xticks(x, [f"{value:g}" for value in x])
+            ax.axhline(reference[1], color="0.6", zorder=0, label=reference[0])
+        ax.set(xscale="log", xlabel=xlabel, ylabel=score)
+        ax.set_xticks(values, [f"{value:g}" for value in values])
         ax.minorticks_off()
-    told = ", ".join(f"{value:g}: {accuracy:.2f}" for value, accuracy in zip(x, accuracies, strict=True))
-    table = pd.DataFrame({xlabel: x, "accuracy": accuracies, "low": low, "high": high}).set_index(xlabel)
-    return Figure(drawn, f"Accuracy by {xlabel}. {told}.", table)
+        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    told = ", ".join(f"{value:g}: {mean:.2f}" for value, mean in summary["mean"].items())
+    told += "".join(f"; run live just now, {value:g}: {height:.2f}" for value, height in live.items())
+    table = summary.reindex(values).rename(columns=lambda name: name.replace("_", " "))
+    table = table.astype({"seeds": "Int64"}).assign(live=pd.Series(live, dtype=float)).rename_axis(index=xlabel)
+    return Figure(drawn, f"{score.capitalize()} by {xlabel}, mean over seeds. {told}.", table)
 
 
 def schedule(rates: Mapping[str, Sequence[float]]) -> Figure:

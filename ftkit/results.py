@@ -77,7 +77,7 @@ def save_metrics(
         TypeError: a value has no JSON form.
     """
     folder = folder or os.environ.get("FTKIT_RUN_DIR") or runs_folder() / "interactive"
-    record = {"settings": _plain(settings, "settings"), "metrics": _plain(metrics, "metrics")}
+    record = {"settings": plain(settings, "settings"), "metrics": plain(metrics, "metrics")}
     path = Path(folder) / "metrics.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"metrics.json.{os.getpid()}")
@@ -120,18 +120,18 @@ def format_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     return results_table(metrics).to_string()
 
 
-def _plain(value: Any, where: str) -> Any:
+def plain(value: Any, where: str) -> Any:
     """``value`` as plain JSON; ``where`` names it in errors."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if hasattr(value, "tolist"):  # numpy scalars and arrays, tensors
-        return _plain(value.tolist(), where)
+        return plain(value.tolist(), where)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where} is {value}: metrics.json holds finite numbers only, or None for no figure.")
+        raise ValueError(f"{where} is {value}: give a finite number, or None for no figure.")
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise TypeError(f"{where} is a {type(value).__name__}, which has no JSON form: give a number, text or list.")

@@ -3,6 +3,7 @@ import io
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from PIL import Image
@@ -16,14 +17,16 @@ METRICS = {
 }
 EPOCHS = [{"epoch": 1, "train_loss": 0.6, "validation_loss": 0.5, "validation_accuracy": 0.7}]
 HISTORY = History(steps=[{"step": i + 1, "loss": 1 / (i + 1), "lr": 1e-3} for i in range(20)], epochs=EPOCHS)
+SUMMARY = pd.DataFrame(
+    {"mean": [0.5, 0.8], "low": [0.4, 0.7], "high": [0.6, 0.9], "run_low": 0.3, "run_high": 0.95, "seeds": [5, 4]},
+    index=pd.Index([10, 100], name="rows"),
+).rename_axis(columns="test_accuracy")
 
 FIGURES = {
     "scores": lambda: plots.scores(METRICS),
     "learning_curves": lambda: plots.learning_curves({"full": [HISTORY, HISTORY], "from_scratch": [HISTORY]}),
     "confusion": lambda: plots.confusion(np.array([[8, 2], [1, 9]]), ["negative", "positive"]),
-    "trend": lambda: plots.trend(
-        [10, 100], [0.5, 0.8], [(0.4, 0.6), (0.7, 0.9)], xlabel="rows", reference=("majority", 0.5)
-    ),
+    "study": lambda: plots.study(SUMMARY, xlabel="rows", live={100: 0.75, 300: 0.9}, reference=("majority", 0.5)),
     "schedule": lambda: plots.schedule({"linear": [0, 1, 0.5], "cosine": [0, 1, 0.7]}),
 }
 
@@ -48,6 +51,29 @@ def test_the_numbers_are_those_that_were_plotted() -> None:
     assert "full &lt;&amp;&gt;" in plots.scores(METRICS)._repr_html_()
     assert plots.confusion(np.array([[8, 2], [1, 9]]), ["a", "b"]).table.loc["a", "b"] == 2
     assert "85%" in plots.confusion(np.array([[8, 2], [1, 9]]), ["a", "b"]).alt
+
+
+def test_a_study_shows_the_recorded_and_the_live_runs_side_by_side() -> None:
+    figure = FIGURES["study"]()
+    assert list(figure.table.columns) == ["mean", "low", "high", "run low", "run high", "seeds", "live"]
+    assert figure.table.index.tolist() == [10, 100, 300]  # the last one was run live only
+    assert figure.table.loc[100].tolist() == [0.8, 0.7, 0.9, 0.3, 0.95, 4, 0.75]
+    assert np.isnan(figure.table.loc[10, "live"])
+    assert "100: 0.80" in figure.alt and "live just now, 100: 0.75" in figure.alt
+    assert plots.study(SUMMARY, xlabel="rows").table["live"].isna().all()
+
+
+def test_the_bars_of_a_study_are_its_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(plots, "Figure", lambda drawn, alt, table: seen.append(drawn))
+    FIGURES["study"]()
+    ax = seen[0].axes[0]
+    assert ax.get_xscale() == "log"
+    assert ax.get_ylabel() == "test accuracy"
+    runs, means = ([segment[:, 1].tolist() for segment in bars.get_segments()] for bars in ax.collections)
+    assert runs == [[0.3, 0.95], [0.3, 0.95]]
+    assert means == [[0.4, 0.6], [0.7, 0.9]]
+    plt.close("all")
 
 
 def test_axes_are_labelled(monkeypatch: pytest.MonkeyPatch) -> None:

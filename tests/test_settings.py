@@ -48,8 +48,8 @@ def test_the_environment_overrides_the_tier_of_the_cell(monkeypatch: pytest.Monk
     cell = {"tier": "cpu", "lr": 0.5, "an import": settings}
     monkeypatch.setenv("FTKIT_TIER", "smoke")
     assert FullFineTuning.from_cell(cell) == FullFineTuning.at("smoke", lr=0.5)
-    monkeypatch.setenv("FTKIT_TIER", "tpu")
-    with pytest.raises(SettingsError, match=r"no tier 'tpu': did you mean 'cpu'\? It can be smoke, cpu, gpu"):
+    monkeypatch.setenv("FTKIT_TIER", "smok")
+    with pytest.raises(SettingsError, match=r"no tier 'smok': did you mean 'smoke'\? It can be smoke, cpu, gpu"):
         FullFineTuning.from_cell(cell)
 
 
@@ -64,7 +64,7 @@ REFUSED = [
     ({"live_rows": 3}, "give a list"),
     ({"dataset": "reuter8"}, "did you mean 'reuters8'?"),
     ({"dataset": __file__}, "given as data"),
-    ({"far_domains": ["tweet"]}, "did you mean 'tweet-sentiment'?"),
+    ({"far_domains": ["tweet-sentimnt"]}, "did you mean 'tweet-sentiment'?"),
     ({"model": "minlm"}, "did you mean 'minilm'?"),
     ({"data": "no-such.csv"}, "no such file"),
 ]
