@@ -4,6 +4,7 @@ tqdm's own notebook bar is a widget; an executed notebook would keep it as broke
 """
 
 import sys
+import threading
 import time
 from typing import Any
 
@@ -22,6 +23,8 @@ def in_notebook() -> bool:
 class Bar:
     """Shows how far a loop is, and a short text beside it.
 
+    Outside of the main thread it is silent: in a notebook it would write into whatever cell runs meanwhile.
+
     Args:
         total: steps in all.
         label: what is going on.
@@ -32,13 +35,14 @@ class Bar:
         self._handle: Any = None
         self._terminal: tqdm | None = None
         self._start = self._shown = time.monotonic()
-        if in_notebook():
+        shown = threading.current_thread() is threading.main_thread()
+        if in_notebook() and shown:
             from IPython.display import Pretty, display
 
             self._as_text = Pretty
             self._handle = display(Pretty(label), display_id=True)
         else:
-            self._terminal = tqdm(total=total, desc=label, leave=False, disable=not sys.stderr.isatty())
+            self._terminal = tqdm(total=total, desc=label, leave=False, disable=not (shown and sys.stderr.isatty()))
 
     def update(self, done: int, text: str = "") -> None:
         """Say that ``done`` steps of the total are over."""

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 
 import nbformat
 import pytest
@@ -71,6 +72,19 @@ def test_a_notebook_keeps_no_trace_of_a_closed_bar() -> None:
         if output.output_type == "display_data":
             assert output.data == {"text/plain": ""}
     assert "widgets" not in notebook.metadata
+
+
+def test_another_thread_writes_into_no_cell() -> None:
+    notebook = run_notebook(f"""
+def loop():
+{textwrap.indent(LOOP, "    ")}
+import threading
+thread = threading.Thread(target=loop)
+thread.start()
+thread.join()
+""")
+    (output,) = notebook.cells[0].outputs
+    assert output.text == "done True\n"
 
 
 def test_here_is_no_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
