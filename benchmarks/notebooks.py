@@ -1,12 +1,14 @@
 """Seconds and peak memory of each notebook at the smoke and the cpu tier, from imports to the last cell.
 
 With ``--write`` the notebook is left as it is committed: the outputs of the cpu tier, in one go from top to bottom,
-and the measured figures in its header; the README's results table is that of notebook 01's run.
+and the measured figures in its header; data/measured.json records them; the README's results table is that of
+notebook 01's run.
 
     python benchmarks/notebooks.py [01_full_fine_tuning …] [--write]
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -20,6 +22,7 @@ from ftkit.results import results_table
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 README = Path(__file__).parents[1] / "README.md"
+MEASURED = Path(__file__).parents[1] / "data" / "measured.json"
 SHOWN_IN_README = "01_full_fine_tuning"
 
 
@@ -43,12 +46,29 @@ def write(notebook: Path, executed: Path, figures: dict[str, dict[str, float]]) 
             cell.metadata.pop(added, None)
         if not cell.metadata.get("tags", [True]):
             del cell.metadata["tags"]
-    rows = [
-        f"| {tier} | {_minutes(f['seconds'])} | {f['peak_rss_mib'] / 1024:.1f} GiB |" for tier, f in figures.items()
-    ]
-    table = "\n".join(["| tier | time on 2 cores | memory |", "|---|---|---|", *rows, "| gpu | not measured | |"])
-    cells.cells[0].source = _between("needs", table, cells.cells[0].source)
+    cells.cells[0].source = _between("needs", needs_table(figures), cells.cells[0].source)
     nbformat.write(cells, notebook)
+    measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
+    measured[notebook.stem] = {**figures, **digests(cells)}
+    MEASURED.write_text(json.dumps(measured, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def needs_table(figures: dict[str, dict[str, float]]) -> str:
+    """What the notebook's header says of time and memory."""
+    rows = [
+        f"| {tier} | {_minutes(figures[tier]['seconds'])} | {figures[tier]['peak_rss_mib'] / 1024:.1f} GiB |"
+        for tier in ("smoke", "cpu")
+    ]
+    return "\n".join(["| tier | time on 2 cores | memory |", "|---|---|---|", *rows, "| gpu | not measured | |"])
+
+
+def digests(notebook: nbformat.NotebookNode) -> dict[str, str]:
+    """Of the code and of the outputs: who edits either by hand leaves a record that no longer fits."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    parts = {"code": [cell.source for cell in code], "outputs": [cell.outputs for cell in code]}
+    return {
+        name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16] for name, part in parts.items()
+    }
 
 
 def write_results(metrics: dict[str, dict[str, object]]) -> None:

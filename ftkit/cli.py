@@ -1,12 +1,13 @@
 """The ``ftkit`` command; each sub-command imports what it needs only when it runs, so that help is instant."""
 
 import argparse
-import ast
-import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from ftkit import TIERS, __version__
 
@@ -15,8 +16,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``ftkit``; returns the exit code: 0 done, 1 failed (one line on stderr says why), 130 interrupted."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")  # the cards are not ASCII, a Windows console may think they are
-    arguments = _parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # what Ctrl-C cleans up, `kill` and `timeout` do too
     try:
+        arguments = _parser().parse_args(argv)
         return arguments.command(arguments)
     except KeyboardInterrupt:
         print("ftkit: interrupted", file=sys.stderr)
@@ -31,13 +34,32 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="execute a notebook with parameters")
+    run = commands.add_parser("run", help="execute a notebook with parameters", add_help=False)
+    run.add_argument("-h", "--help", action=_RunHelp, nargs=0, help="show this; after a notebook, its parameters too")
     run.add_argument("notebook", help="name (01_full_fine_tuning) or path")
-    run.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", type=_parameter)
+    run.add_argument(
+        "-p",
+        "--parameter",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        type=_parameter,
+        help="several values (1e-4,3e-4 or 0..4) make a grid; what of it is done in DIR is not run again",
+    )
     run.add_argument("--tier", choices=TIERS, default=os.environ.get("FTKIT_TIER", "cpu"), help="default: %(default)s")
     run.add_argument("--out", default="runs", metavar="DIR", help="writes DIR/<run id>/ (default: %(default)s)")
     run.add_argument("--html", action="store_true", help="write report.html too")
+    run.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs of a grid at a time (default: 1)")
     run.set_defaults(command=_run)
+
+    compare = commands.add_parser("compare", help="put the runs of a folder side by side")
+    compare.add_argument("folder", metavar="DIR", type=Path, help="the --out of the runs; gets compare.csv and .html")
+    compare.set_defaults(command=_compare)
+
+    study = commands.add_parser("study", help="run what is missing of a recorded study")
+    study.add_argument("name", metavar="NAME", help="of data/studies/NAME.toml")
+    study.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME=VALUE", type=_parameter)
+    study.set_defaults(command=_study)
 
     fetch = commands.add_parser("fetch", help="get models and data onto the disk")
     fetch.add_argument("names", nargs="*", metavar="NAME", help="assets, or a notebook for all that it needs")
@@ -50,33 +72,84 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parameter(text: str) -> tuple[str, Any]:
-    """``name=value``; the value is read as JSON or a Python literal, else it is text."""
+class _RunHelp(argparse.Action):
+    """Help of ``ftkit run``: with the parameters of the notebook, if one was named before it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> NoReturn:
+        parser.print_help()
+        if namespace.notebook:
+            from ftkit import runs
+
+            print("\n" + runs.parameters_help(runs.find_notebook(namespace.notebook)))
+        parser.exit()
+
+
+def _parameter(text: str) -> tuple[str, list[Any]]:
+    """``name=value`` as the name and all values that it stands for."""
+    from ftkit import grid
+
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return name, read(value)
-        except (ValueError, SyntaxError):
-            continue
-    return name, value
+    try:
+        return name, grid.values_of(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of runs: give 1 or more")
+    return int(text)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ftkit import results, runs
+    from ftkit import assets, comparison, grid, results, runs
 
     notebook = runs.find_notebook(arguments.notebook)
-    _fetch_assets(runs.assets_of(notebook))
-    run = runs.run_notebook(
-        notebook, dict(arguments.parameter), tier=arguments.tier, out=arguments.out, html=arguments.html
-    )
+    where = {"tier": arguments.tier, "out": arguments.out, "html": arguments.html}
+    planned = grid.plan(notebook, grid.each_once(arguments.parameter), tier=arguments.tier)
+    chosen = {value for job in planned for value in job.parameters.values() if isinstance(value, str)}
+    _fetch_assets([*runs.assets_of(notebook), *chosen.intersection(assets.names())])
+    if len(planned) > 1:
+        failed = grid.run_grid(notebook, planned, jobs=arguments.jobs, **where)
+        try:
+            compared = comparison.compare_runs(Path(arguments.out), {job.identity for job in planned})
+            print(comparison.format_comparisons(compared))
+        except ValueError as nothing:  # all failed, or the notebook saves no results
+            print(f"ftkit: {nothing}", file=sys.stderr)
+        if failed:
+            print(f"ftkit: {failed} of {len(planned)} runs failed; the same command tries them again", file=sys.stderr)
+        return 1 if failed else 0
+    run = runs.run_notebook(notebook, planned[0].parameters, **where)
     if run.metrics:
         print(results.format_table(run.metrics))
     print(run.report or run.executed)
     if run.error:
         print(f"ftkit: {run.error}", file=sys.stderr)
     return 1 if run.error else 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from ftkit import comparison
+
+    compared = comparison.compare_runs(arguments.folder)
+    print(comparison.format_comparisons(compared))
+    for path in comparison.write_comparisons(compared, arguments.folder):
+        print(path)
+    return 0
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    import csv
+
+    from ftkit import grid, studies
+
+    path = studies.run_study(arguments.name, grid.each_once(arguments.only))
+    with path.open(encoding="utf-8", newline="") as file:
+        count = sum(1 for _ in csv.DictReader(file))
+    print(f"{path}: {count} rows")
+    return 0
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
@@ -107,6 +180,10 @@ def _assets(arguments: argparse.Namespace) -> int:
 
     print(assets.cards() if arguments.cards else assets.table(), end="" if arguments.cards else "\n")
     return 0
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

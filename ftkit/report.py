@@ -16,6 +16,7 @@ from pygments.formatters import HtmlFormatter
 from ftkit.machine import describe_machine
 from ftkit.results import results_table
 from ftkit.runs import Run
+from ftkit.schema import settings_of
 
 CODE_STYLE = "xcode"  # every colour of it reads well on a light ground
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/…])(?:/[\w.+@-]+)+/(?=[\w.+@-])|\b[A-Za-z]:(?:\\[\w.+@ -]+)+\\")
@@ -39,22 +40,32 @@ def write_report(run: Run) -> Path:
     if failure:
         failure["id"] = "failure"
         failure.find_parent(class_="code_cell").details["open"] = ""
-    templates = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = templates.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")).render(
+    schema = settings_of(run.notebook)
+    return write_page(
+        run.folder / "report.html",
+        "report.html.j2",
         title=title,
         run=run,
+        described={parameter.name: parameter for parameter in schema.parameters()} if schema else {},
         started=f"{run.started.day} {run.started:%B %Y, %H:%M}",
         duration=_duration(run.seconds),
         results=results_table(run.metrics).to_html(border=0) if run.metrics else None,
         machine=describe_machine(),
         body=body,
         failure_shown=failure is not None,
-        code_style=HtmlFormatter(style=CODE_STYLE).get_style_defs(".highlight"),
     )
-    report = run.folder / "report.html"
-    unfinished = report.with_suffix(".part")
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Write a page from one of our templates, whole or not at all; folders of this machine are cut off its texts."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    code_style = HtmlFormatter(style=CODE_STYLE).get_style_defs(".highlight")
+    page = templates.get_template(template).render(code_style=code_style, **values)
+    unfinished = path.with_suffix(".part")
     unfinished.write_text(_without_paths(page), encoding="utf-8")
-    return unfinished.replace(report)
+    return unfinished.replace(path)
 
 
 def _body(notebook: nbformat.NotebookNode, folder: Path) -> BeautifulSoup:

@@ -1,31 +1,34 @@
 """Executing a notebook with parameters, and the results that it leaves.
 
 A run is a folder ``OUT/<run id>/`` with the executed ``notebook.ipynb``, the ``metrics.json`` that the notebook
-wrote through `save_metrics` and, if asked for, a ``report.html`` (`ftkit.report`).
+wrote through `save_metrics` and, if asked for, a ``report.html`` (`ftkit.report`); and a line in ``OUT/ledger.jsonl``.
 """
 
 import ast
 import difflib
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ftkit import TIERS
+from ftkit import TIERS, ledger
 from ftkit.execution import execute
-from ftkit.schema import settings_of
+from ftkit.results import plain
+from ftkit.schema import in_words, settings_of
 
 
 @dataclass
 class Run:
     """One execution of a notebook.
 
-    ``changed`` maps each parameter that was given another value than its default to (default, value); ``settings``
-    and ``metrics`` are the two parts of metrics.json, None where the notebook did not come so far; ``error`` is one
-    line, None if the run finished; ``peak_rss_mib`` is the kernel's, its child processes included.
+    ``changed`` maps each parameter that was given another value than its default to (default, value); ``digests`` and
+    ``identity`` are what `identify` returns; ``settings`` and ``metrics`` are the two parts of metrics.json, None where
+    the notebook did not come so far; ``error`` is one line, None if the run finished; ``peak_rss_mib`` is the kernel's,
+    its child processes included.
     """
 
     id: str
@@ -33,7 +36,10 @@ class Run:
     notebook: Path
     tier: str
     started: datetime
-    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    parameters: dict[str, Any]
+    changed: dict[str, tuple[Any, Any]]
+    digests: dict[str, str]
+    identity: str
     settings: dict[str, Any] | None = None
     metrics: dict[str, dict[str, Any]] | None = None
     error: str | None = None
@@ -74,16 +80,15 @@ def run_notebook(
         ValueError: an unknown tier or parameter, or a file that is no notebook; nothing has run.
     """
     source = find_notebook(notebook)
-    given = {"tier": tier, **(parameters or {})}
-    changed = check_parameters(source, given)
-    run = _new_run(source, given, Path(out))
-    run.changed = changed
+    run = _new_run(source, {"tier": tier, **(parameters or {})}, Path(out))
     env = {"FTKIT_RUN_DIR": str(run.folder), "FTKIT_TIER": run.tier}
-    run.error, run.seconds, run.peak_rss_mib = execute(source, run.executed, given, env=env, progress=progress)
-    written = run.folder / "metrics.json"
-    if written.exists():
-        record = json.loads(written.read_text(encoding="utf-8"))
-        run.settings, run.metrics = record["settings"], record["metrics"]
+    run.error = "It ended before the first cell"
+    try:
+        run.error, run.seconds, run.peak_rss_mib = execute(
+            source, run.executed, run.parameters, env=env, progress=progress
+        )
+    finally:
+        _record(run)
     if html:
         from ftkit.report import write_report
 
@@ -133,6 +138,45 @@ def check_parameters(notebook: Path, given: Mapping[str, Any]) -> dict[str, tupl
     return {name: (known[name], value) for name, value in given.items() if name != "tier" and value != known[name]}
 
 
+def identify(notebook: Path, given: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+    """What a run stands on, and what tells it from other runs.
+
+    Args:
+        notebook: its path.
+        given: the parameters, ``tier`` among them, checked.
+
+    Returns:
+        Digests of the notebook's code cells (under "notebook") and of the file or folder that a parameter names
+        (under the parameter's name); and one digest of these, the notebook's name and all parameters.
+    """
+    schema = settings_of(notebook)
+    values = plain(schema.at(**given).model_dump() if schema else given, "parameters")
+    digests = {"notebook": _code_digest(notebook, notebook.stat().st_mtime_ns)}
+    digests |= {name: digest for name, value in values.items() if (digest := _content_digest(value))}
+    return digests, _digest(json.dumps([notebook.stem, digests, values], sort_keys=True))
+
+
+def parameters_help(notebook: Path) -> str:
+    """The parameters that ``ftkit run`` takes for a notebook, two lines each, as argparse would list them."""
+    schema = settings_of(notebook)
+    if schema is None:
+        listed = {name: [f"default {default}"] for name, default in default_parameters(notebook).items()}
+    else:
+        listed = {}
+        for parameter in schema.parameters()[1:]:  # the tier is an option
+            bounds = f"{parameter.allowed} {parameter.unit}".strip()
+            kind = f"{parameter.kind}: {bounds}" if bounds else parameter.kind
+            defaults = list(map(in_words, parameter.defaults.values()))
+            default = defaults[0] if len(set(defaults)) == 1 else " | ".join(defaults)
+            listed[parameter.name] = [parameter.help, f"{kind}; default {default}"]
+    indent = max(map(len, listed), default=0) + 4
+    text = [f"parameters of {notebook.stem}, given as -p NAME=VALUE (defaults at {' | '.join(TIERS)}):"]
+    for name, lines in listed.items():
+        for label, line in zip((name, ""), lines, strict=False):
+            text.append(f"  {label:<{indent - 2}}{line}")
+    return "\n".join(text)
+
+
 def default_parameters(notebook: Path) -> dict[str, Any]:
     """Names and defaults of the cell tagged `parameters`; a default that is no literal is given as its source text.
 
@@ -161,9 +205,10 @@ def default_parameters(notebook: Path) -> dict[str, Any]:
 
 def _new_run(source: Path, given: dict[str, Any], out: Path) -> Run:
     """Make a folder of its own for the run: its id is unique also among processes that start in the same second."""
+    changed = check_parameters(source, given)
+    digests, identity = identify(source, given)
     started = datetime.now().astimezone()
-    digest = hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:6]
-    first = f"{source.stem}-{started:%Y%m%d-%H%M%S}-{digest}"
+    first = f"{source.stem}-{started:%Y%m%d-%H%M%S}-{identity[:6]}"
     out.mkdir(parents=True, exist_ok=True)
     attempt = 1
     while True:
@@ -173,7 +218,62 @@ def _new_run(source: Path, given: dict[str, Any], out: Path) -> Run:
         except FileExistsError:
             attempt += 1
         else:
-            return Run(run_id, (out / run_id).resolve(), source, given["tier"], started)
+            folder = (out / run_id).resolve()
+            return Run(run_id, folder, source, given["tier"], started, given, changed, digests, identity)
+
+
+def _record(run: Run) -> None:
+    """Read what the notebook saved, and enter the run in the ledger."""
+    written = run.folder / "metrics.json"
+    if written.exists():
+        record = json.loads(written.read_text(encoding="utf-8"))
+        run.settings, run.metrics = record["settings"], record["metrics"]
+    entry = {
+        "id": run.id,
+        "source": "run",
+        "notebook": run.notebook.stem,
+        "tier": run.tier,
+        "started": run.started.isoformat(timespec="seconds"),
+        "parameters": run.parameters,
+        "settings": run.settings,
+        "metrics": run.metrics,
+        "seconds": run.seconds,
+        "peak_rss_mib": run.peak_rss_mib,
+        "error": run.error,
+        "digests": run.digests,
+        "identity": run.identity,
+    }
+    ledger.append(run.folder.parent / ledger.NAME, entry)
+
+
+@functools.cache
+def _code_digest(notebook: Path, changed_at: int) -> str:
+    import nbformat
+
+    cells = nbformat.read(notebook, as_version=4).cells
+    return _digest(json.dumps([cell.source for cell in cells if cell.cell_type == "code"]))
+
+
+def _content_digest(value: Any) -> str | None:
+    """Of the file that a value names, or of the files in the folder; None where it names none."""
+    if not isinstance(value, str) or not value:
+        return None
+    try:
+        path = Path(value).resolve()
+        files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
+        return _digest("".join(_file_digest(file, file.stat().st_mtime_ns) for file in files)) if files else None
+    except (OSError, ValueError):  # no path at all, such as a long text
+        return None
+
+
+@functools.cache
+def _file_digest(file: Path, changed_at: int) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _nearest(name: str, names: Any) -> str:

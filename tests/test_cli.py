@@ -4,7 +4,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ftkit import assets, cli
+from ftkit import assets, cli, studies
 
 
 @pytest.fixture
@@ -48,6 +48,11 @@ def test_the_tier_can_come_from_the_environment(notebook: Path, monkeypatch: pyt
         (["run", "double", "-p", "y=1"], "no parameter 'y': did you mean 'x'"),
         (["fetch", "minlm"], "did you mean 'minilm'"),
         (["fetch"], "Nothing to fetch"),
+        (["run", "double", "-p", "x=1", "-p", "x=2"], "x is given 2 times: give all of its values at once, x=A,B"),
+        (["run", "double", "-p", "x=1,2", "-p", "y=1"], "no parameter 'y': did you mean 'x'"),
+        (["run", "doubel", "--help"], "No notebook 'doubel': did you mean 'double'"),
+        (["study", "no_such_study"], "no_such_study"),
+        (["study", "full_fine_tuning", "--only", "seed=0", "seed=1"], "seed is given 2 times"),
     ],
 )
 def test_mistakes_give_one_line(notebook: Path, capsys: pytest.CaptureFixture, command: list, words: str) -> None:
@@ -58,21 +63,52 @@ def test_mistakes_give_one_line(notebook: Path, capsys: pytest.CaptureFixture, c
 
 
 @pytest.mark.parametrize(
-    ("text", "value"),
+    ("text", "values"),
     [
-        ("lr=3e-4", 3e-4), ("on=true", True), ("seeds=[0, 1]", [0, 1]), ("none=None", None),
-        ("data=my file.csv", "my file.csv"), ("q=a=b", "a=b"),
+        ("lr=3e-4", [3e-4]), ("on=true", [True]), ("seeds=[0, 1]", [[0, 1]]), ("none=None", [None]),
+        ("data=my file.csv", ["my file.csv"]), ("q=a=b", ["a=b"]), ("lr=1e-4,3e-4", [1e-4, 3e-4]),
     ],
 )  # fmt: skip
-def test_parameter_values(text: str, value: object) -> None:
-    assert cli._parameter(text)[1] == value
+def test_parameter_values(text: str, values: list) -> None:
+    assert cli._parameter(text) == (text.partition("=")[0], values)
 
 
-def test_a_parameter_without_a_value_is_wrong_usage(capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["-p", "lr"], "'lr' is not of the form NAME=VALUE"),
+        (["-p", "seed=4..0"], "4..0 runs backwards: write 0..4"),
+        (["--jobs", "0"], "'0' is no number of runs: give 1 or more"),
+    ],
+)
+def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture, options: list[str], words: str) -> None:
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["run", "x", "-p", "lr"])
+        cli.main(["run", "x", *options])
     assert exit_.value.code == 2
-    assert "'lr' is not of the form NAME=VALUE" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("notebook", "listed"), [([], False), (["01_full_fine_tuning"], True)])
+def test_help_after_a_notebook_lists_its_parameters(
+    capsys: pytest.CaptureFixture, notebook: list[str], listed: bool
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["run", *notebook, "--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: ftkit run [-h] [-p NAME=VALUE]")
+    assert ("peak learning rate of full fine-tuning" in out) == listed
+
+
+def test_a_study_is_run_with_the_values_that_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked = []
+    (tmp_path / "rates.csv").write_text('a,b\n1,"two\nlines"\n2,x\n', encoding="utf-8")
+    monkeypatch.setattr(studies, "run_study", lambda *given: asked.append(given) or tmp_path / "rates.csv")
+    assert cli.main(["study", "rates", "--only", "rows=50,100", "lr=1e-4"]) == 0
+    assert asked == [("rates", {"rows": [50, 100], "lr": [1e-4]})]
+    assert capsys.readouterr().out == f"{tmp_path / 'rates.csv'}: 2 rows\n"
 
 
 def test_assets_lists_all(capsys: pytest.CaptureFixture) -> None:

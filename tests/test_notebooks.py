@@ -4,11 +4,13 @@
 """
 
 import ast
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -18,7 +20,8 @@ from bs4 import BeautifulSoup
 from ftkit import assets
 from ftkit.runs import default_parameters
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION.*?### END SOLUTION", re.DOTALL | re.MULTILINE)
 # a folder of somebody's machine, a point in time
 PRIVATE = re.compile(r"/(?:home|root|tmp|Users|work)/|[A-Z]:\\\\|\b20\d\d-\d\d-\d\d[T ]\d\d:\d\d")
@@ -120,6 +123,19 @@ def test_form(path: Path) -> None:
     assert set(notebook.metadata.ftkit.assets) <= set(assets.names())
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_header_and_outputs_are_those_of_the_last_measured_run(path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("measure_notebooks", ROOT / "benchmarks" / "notebooks.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    notebook, measured = read(path), json.loads(script.MEASURED.read_text(encoding="utf-8"))[path.stem]
+    assert script.needs_table(measured) in notebook.cells[0].source
+    assert script.digests(notebook) == {name: measured[name] for name in ("code", "outputs")}
+    code = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    code.source += "\n# edited since"
+    assert script.digests(notebook)["code"] != measured["code"]
+
+
 def test_form_finds_what_is_wrong() -> None:
     notebook = read(NOTEBOOKS[0])
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -174,22 +190,46 @@ def test_runs_at_the_smoke_tier_without_a_network(path: Path, tmp_path: Path) ->
     results = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert {"settings", "metrics"} == set(results)
     for method in results["metrics"].values():
-        assert {"accuracy", "ci95", "seeds", "trainable_parameters", "seconds", "peak_rss_mib"} == set(method)
+        assert {"accuracy", "ci95", "seeds", "by_seed", "trainable_parameters", "seconds", "peak_rss_mib"} == set(
+            method
+        )
         assert 0 <= method["ci95"][0] <= method["accuracy"] <= method["ci95"][1] <= 1
+
+
+def committed_tables(path: Path, source: str) -> list[dict[str, list[str]]]:
+    """Tables in the outputs of the cells whose source has that text: the texts of each row, by its heading."""
+    pages = [
+        BeautifulSoup(output.data["text/html"], "html.parser")
+        for cell in read(path).cells
+        if cell.cell_type == "code" and source in cell.source
+        for output in cell.outputs
+        if "text/html" in output.get("data", {})
+    ]
+    return [{r.th.get_text(): [d.get_text() for d in r.select("td")] for r in p.select("tbody tr")} for p in pages]
 
 
 def test_full_fine_tuning_beats_its_rivals_in_the_committed_run() -> None:
     """The conclusion of notebook 01, read off its committed outputs: the intervals do not overlap."""
-    notebook = read(Path(__file__).parents[1] / "notebooks" / "01_full_fine_tuning.ipynb")
-    tables = [
-        BeautifulSoup(output.data["text/html"], "html.parser")
-        for cell in notebook.cells
-        if cell.cell_type == "code" and "results_table(" in cell.source
-        for output in cell.outputs
-        if "text/html" in output.get("data", {})
-    ]
-    rows = {r.th.get_text(): [d.get_text() for d in r.select("td")] for r in tables[0].select("tbody tr")}
+    rows = committed_tables(ROOT / "notebooks" / "01_full_fine_tuning.ipynb", "results_table(")[0]
     low, _ = map(float, rows["full"][1].split(" to "))
     assert float(rows["full"][0]) == pytest.approx(0.81, abs=0.04)
     for rival in ("majority", "linear probe", "from scratch"):
         assert float(rows[rival][1].split(" to ")[1]) < low
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_results_lie_within_the_bands_of_the_cpu_tier(path: Path) -> None:
+    bands = tomllib.loads((ROOT / "tests" / "bands.toml").read_text(encoding="utf-8"))[path.stem]["cpu"]["bands"]
+    shown = {name.replace(" ", "_"): cells for name, cells in committed_tables(path, "results_table(")[0].items()}
+    assert set(bands) | {"majority"} == set(shown)
+    for name, band in bands.items():
+        assert band["low"] <= float(shown[name][0]) <= band["high"], name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_live_slices_fall_within_the_recorded_studies(path: Path) -> None:
+    """Columns of a study's table: mean, low, high, run low, run high (of single runs), seeds, live."""
+    slices = [row for table in committed_tables(path, "plots.study(") for row in table.values() if row[-1] != "NaN"]
+    assert len(slices) >= 2
+    for row in slices:
+        assert float(row[3]) <= float(row[-1]) <= float(row[4]), row

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -17,8 +18,11 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from ftkit import ledger
+from ftkit.report import write_report
 from ftkit.results import format_table, results_table, save_metrics
-from ftkit.runs import Run, find_notebook, run_notebook
+from ftkit.runs import Run, find_notebook, parameters_help, run_notebook
+from ftkit.settings import FullFineTuning
 
 PARAMETERS = 'lr: float = 1e-4  # step size (eta = lr)\ndata: str | None = None\ntier: str = "cpu"'
 METRICS = {
@@ -110,11 +114,38 @@ def test_parameters_tier_and_interpreter_reach_the_notebook(run: Run) -> None:
     assert {path.name for path in run.folder.iterdir()} == {"notebook.ipynb", "metrics.json", "report.html"}
 
 
+def entry_of(run: Run) -> dict:
+    (entry,) = [entry for entry in ledger.read(run.folder.parent / ledger.NAME) if entry["id"] == run.id]
+    return entry
+
+
+def test_every_run_is_in_the_ledger(run: Run, failed: Run) -> None:
+    entry = entry_of(run)
+    assert entry.pop("peak_rss_mib") == run.peak_rss_mib
+    assert entry == {
+        "id": run.id,
+        "source": "run",
+        "notebook": "tiny",
+        "tier": "smoke",
+        "started": run.started.isoformat(timespec="seconds"),
+        "parameters": {"tier": "smoke", "lr": 3e-4},
+        "settings": run.settings,
+        "metrics": run.metrics,
+        "seconds": run.seconds,
+        "error": None,
+        "digests": run.digests,
+        "identity": run.identity,
+    }
+    assert (entry_of(failed)["error"], entry_of(failed)["metrics"]) == (failed.error, None)
+
+
 def test_unknown_names_are_refused_before_anything_runs(tmp_path: Path) -> None:
     notebook = write_notebook(tmp_path / "tiny.ipynb")
     with pytest.raises(ValueError, match=r"no parameter 'lrr': did you mean 'lr'\?") as refused:
         run_notebook(notebook, {"lrr": 1}, out=tmp_path / "out")
     assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"parameters\.lr is nan: give a finite number"):
+        run_notebook(notebook, {"lr": float("nan")}, out=tmp_path / "out")
     with pytest.raises(ValueError, match="did you mean 'smoke'"):
         run_notebook(notebook, {"tier": "smok"}, out=tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"No notebook .*no_such\.ipynb"):
@@ -185,6 +216,8 @@ def test_ctrl_c_leaves_a_report_and_no_kernel(tmp_path: Path) -> None:
     assert "Traceback" not in stderr
     assert "so far" in (pids[0].parent / "report.html").read_text(encoding="utf-8")
     assert not any(psutil.pid_exists(int(pid)) for pid in pids[0].read_text().split())
+    (entry,) = ledger.read(tmp_path / "out" / ledger.NAME)
+    assert entry["error"] == "Interrupted (cell 3, “A tiny notebook”)"
 
 
 def test_the_bar_names_the_heading_and_can_be_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +239,8 @@ def test_runs_started_together_get_folders_of_their_own(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(3) as pool:
         ids = list(pool.map(start, range(3)))
-    assert sorted(ids) == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert sorted(ids) == sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
+    assert sorted(ids) == sorted(entry["id"] for entry in ledger.read(tmp_path / "out" / ledger.NAME))
     assert len(set(ids)) == 3
     assert all(run_id.startswith("tiny-") for run_id in ids)
 
@@ -242,6 +276,40 @@ def test_a_report_opens_with_its_summary(run: Run, page: BeautifulSoup) -> None:
         assert fact in text
     assert page.find(string=re.compile("lr is 0.0003")).find_previous(class_="summary") is summary
     assert not page.select("[role=alert]")
+
+
+def test_the_summary_says_what_each_setting_is(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "notebook.ipynb").write_bytes(run.executed.read_bytes())
+    ours = replace(
+        run,
+        folder=tmp_path,
+        notebook=Path("notebooks/01_full_fine_tuning.ipynb"),
+        changed={"lr": (1e-4, 3e-4), "rows": (1000, 500)},
+    )
+    page = BeautifulSoup(write_report(ours).read_text(encoding="utf-8"), "html.parser")
+    rows = [
+        [cell.get_text() for cell in line.find_all(["th", "td"])] for line in page.select(".summary table.words tr")
+    ]
+    assert rows == [
+        ["setting", "this run", "default", "what it is"],
+        ["lr", "0.0003", "0.0001", "peak learning rate of full fine-tuning"],
+        ["rows", "500", "1000", "training rows of each seed (rows)"],
+    ]
+
+
+def test_the_help_lists_every_parameter(tmp_path: Path) -> None:
+    text = parameters_help(find_notebook("01_full_fine_tuning"))
+    assert re.search(
+        r"^  rows +training rows of each seed\n +int: 20 to 1,000,000 rows; default 64 \| 1,000 \| 6,000$", text, re.M
+    )
+    assert re.search(
+        r"^  schedule +the rate after warm-up\n +str: linear, cosine, constant; default linear$", text, re.M
+    )
+    names = [line.split()[0] for line in text.splitlines()[1::2]]
+    assert names == list(FullFineTuning.model_fields)[1:]
+    assert len({re.match(r" *\S+ +|$", line).end() for line in text.splitlines()[1::2]}) == 1  # aligned
+    text = parameters_help(write_notebook(tmp_path / "tiny.ipynb"))
+    assert text.splitlines()[1:] == ["  lr    default 0.0001", "  data  default None", "  tier  default cpu"]
 
 
 def test_code_is_folded_and_widgets_are_left_out(page: BeautifulSoup) -> None:

@@ -1,0 +1,125 @@
+"""What the lab bench adds to the work itself: the panel to a training, `ftkit run` to a notebook, a second job.
+
+Leave the machine idle. Takes about 8 minutes.
+
+    python benchmarks/lab_bench.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import nbformat
+
+ROUNDS = 3
+NOTEBOOK = "01_full_fine_tuning"
+
+# In a process of its own: torch and the rest are there already, as in the notebook, ftkit.widgets is not
+PANEL_SECONDS = """
+import time
+from ftkit import plots
+from ftkit.data import load_text
+from ftkit.settings import FullFineTuning
+from ftkit.training import fit
+settings = FullFineTuning.at("cpu")
+start = time.perf_counter()
+from ftkit.widgets import Panel
+shown = Panel(settings, None)
+shown._repr_mimebundle_()
+print(time.perf_counter() - start)
+"""
+
+
+def panel_seconds() -> float:
+    """Median seconds from the import of the panel until it could be sent to the browser."""
+    command = [sys.executable, "-c", PANEL_SECONDS]
+    outputs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(ROUNDS)]
+    return median(float(output.split()[-1]) for output in outputs)
+
+
+def panel_overhead() -> float:
+    """Median over rounds of the time of 100 steps through the panel over that of the same `fit` without it."""
+    from ftkit.callbacks import Callback
+    from ftkit.data import encode, load_text
+    from ftkit.models import load_classifier
+    from ftkit.results import Outcome
+    from ftkit.settings import FullFineTuning
+    from ftkit.training import TrainSettings, evaluate, fit
+    from ftkit.widgets import Panel
+
+    settings = FullFineTuning.at("cpu", rows=800, batch_size=16, num_epochs=2, num_seeds=1)
+    splits = load_text(settings.dataset, train=settings.rows, validation=200, test=20)
+    names = splits["train"].features["label"].names
+    _, tokenizer = load_classifier(settings.model, names)
+    encoded = encode(splits, tokenizer, max_length=settings.max_length)
+    del encoded["test"]
+
+    def train(settings: FullFineTuning, seed: int, callbacks: list[Callback]) -> Outcome:
+        network, _ = load_classifier(settings.model, names, seed=seed)
+        chosen = TrainSettings(lr=settings.lr, num_epochs=settings.num_epochs, batch_size=settings.batch_size)
+        history = fit(network, encoded, chosen, callbacks=callbacks)
+        return Outcome(seed, history, {"validation": evaluate(network, encoded["validation"])})
+
+    def through_the_panel() -> float:
+        panel = Panel(settings, train)
+        panel.train_button.click()
+        panel.thread.join()
+        outcome = panel.runs[-1].outcomes[0]
+        assert len(outcome.history.steps) == 100
+        return outcome.history.seconds
+
+    ratios = []
+    for i in range(ROUNDS):
+        runs = [through_the_panel, lambda: train(settings, 0, []).history.seconds]
+        seconds = {run: run() for run in (runs if i % 2 else runs[::-1])}
+        with_panel, without = (seconds[run] for run in runs)
+        ratios.append(with_panel / without)
+        print(f"100 steps: {with_panel:.1f} s through the panel, {without:.1f} s without it", flush=True)
+    return median(ratios)
+
+
+def ftkit_run(out: Path, *options: str) -> float:
+    """Seconds of one call of `ftkit run` at the smoke tier."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "ftkit.cli", "run", NOTEBOOK, "--tier", "smoke", "--out", str(out), *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def run_overhead_seconds(folder: Path) -> float:
+    """Seconds of `ftkit run --html`, over those in which a cell of the notebook was executed."""
+    total = ftkit_run(folder, "--html")
+    executed = nbformat.read(next(folder.glob("*/notebook.ipynb")), as_version=4)
+    in_cells = sum(cell.metadata.papermill.get("duration") or 0 for cell in executed.cells)
+    print(f"ftkit run: {total:.1f} s, {in_cells:.1f} s of them in cells", flush=True)
+    return total - in_cells
+
+
+def two_jobs_throughput(folder: Path) -> float:
+    """Time of two runs one after the other over that of two jobs at once."""
+    alternating = [ftkit_run(folder / str(i), "-p", "seed=0,1", "--jobs", str(jobs)) for i, jobs in enumerate((1, 2))]
+    one_by_one, at_once = alternating
+    print(f"two runs: {one_by_one:.1f} s one by one, {at_once:.1f} s at once", flush=True)
+    return one_by_one / at_once
+
+
+def main() -> None:
+    if os.getloadavg()[0] > 0.5:
+        print("the machine is not idle: these figures will be off", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = {
+            "panel_seconds": panel_seconds(),
+            "panel_overhead": panel_overhead(),
+            "run_overhead_seconds": run_overhead_seconds(Path(folder) / "run"),
+            "two_jobs_throughput": two_jobs_throughput(Path(folder) / "grid"),
+        }
+    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()

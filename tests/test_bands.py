@@ -1,0 +1,67 @@
+"""Every notebook, run by papermill with other than its default parameters: its scores lie where five seeds put them."""
+
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ftkit import assets
+from ftkit.data import encode, load_text
+from ftkit.metrics import majority_accuracy
+from ftkit.models import load_classifier
+from ftkit.runs import assets_of, find_notebook, run_notebook
+from ftkit.schema import settings_of
+from ftkit.training import evaluate
+
+ROOT = Path(__file__).parents[1]
+BANDS = tomllib.loads((ROOT / "tests" / "bands.toml").read_text(encoding="utf-8"))
+FURTHER_SEED = 5  # the bands are of the seeds 0 to 4
+
+
+@cache
+def baselines(notebook: str, tier: str) -> tuple[float, list[float]]:
+    """Accuracy of the commonest class, and of five networks whose new head has not been trained."""
+    settings = settings_of(notebook).at(tier, **BANDS[notebook][tier]["parameters"])
+    splits = load_text(settings.source, test=settings.test_rows)
+    names, untrained = splits["train"].features["label"].names, []
+    for seed in range(5):
+        network, tokenizer = load_classifier(settings.model, names, seed=seed)
+        rows = encode({"test": splits["test"]}, tokenizer, max_length=settings.max_length)["test"]
+        untrained.append(evaluate(network, rows).accuracy)
+    return majority_accuracy(splits["train"]["label"][:], splits["test"]["label"][:]), untrained
+
+
+def test_every_notebook_has_bands_at_both_tiers() -> None:
+    assert set(BANDS) == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert all(set(tiers) == {"smoke", "cpu"} for tiers in BANDS.values())
+    assert all(len(band["by_seed"]) >= 5 for ts in BANDS.values() for t in ts.values() for band in t["bands"].values())
+
+
+@pytest.mark.parametrize("notebook", BANDS)
+def test_scores_of_a_further_seed_lie_within_their_bands(notebook: str, tmp_path: Path) -> None:
+    for name in assets_of(find_notebook(notebook)):
+        assets.fetch(name, progress=False)
+    declared = BANDS[notebook]["smoke"]
+    parameters = declared["parameters"] | {"seed": FURTHER_SEED, "num_seeds": 1}
+    run = run_notebook(notebook, parameters, tier="smoke", out=tmp_path, progress=False)
+    assert run.error is None
+    assert run.metrics.pop("majority")["accuracy"] == pytest.approx(baselines(notebook, "smoke")[0])
+    outside = {
+        name: (band["low"], run.metrics[name]["accuracy"], band["high"])
+        for name, band in declared["bands"].items()
+        if not band["low"] <= run.metrics[name]["accuracy"] <= band["high"]
+    }
+    assert not outside
+    assert set(run.metrics) == set(declared["bands"])
+
+
+@pytest.mark.parametrize(("notebook", "tier"), [(notebook, tier) for notebook in BANDS for tier in BANDS[notebook]])
+def test_every_band_rejects_an_untrained_model(notebook: str, tier: str) -> None:
+    majority, untrained = baselines(notebook, tier)
+    for name, band in BANDS[notebook][tier]["bands"].items():
+        if name in BANDS[notebook][tier]["learn_nothing"]:  # said only where it is so
+            assert band["low"] <= np.mean(untrained) <= band["high"]
+        else:
+            assert band["low"] > max(*untrained, majority)
