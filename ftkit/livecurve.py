@@ -58,7 +58,7 @@ class LiveCurve(Callback):
     def begin(self, seeds: Sequence[int]) -> None:
         """Before a run of these seeds: an empty curve."""
         self.stop.clear()
-        self._seeds, self._history = seeds, History()
+        self._seeds = seeds
         for axes in (self._losses, self._scores):
             for line in list(axes.lines):
                 line.remove()
@@ -66,7 +66,7 @@ class LiveCurve(Callback):
 
     def begin_seed(self, seed: int) -> None:
         """Before one of them."""
-        self._place = self._seeds.index(seed)
+        self._place, self._history = self._seeds.index(seed), History()
         self.say(f"{self._of_seed()}getting ready …")
 
     def end_seed(self) -> None:

@@ -53,7 +53,9 @@ def _revision() -> str:
 
     try:
         git("ls-files", "--error-unmatch", "__init__.py")  # not some repository that a .venv happens to lie in
-        modified = " (modified)" if git("status", "--porcelain") else ""
+        # a study that grows row by row does not change what it is made with
+        changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)data/studies/*.csv")
+        modified = " (modified)" if changed else ""
         return git("rev-parse", "--short=10", "HEAD") + modified
     except (OSError, subprocess.CalledProcessError):
         return "none"

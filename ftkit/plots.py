@@ -47,7 +47,7 @@ class Figure:
 
     def _repr_html_(self) -> str:
         picture = base64.b64encode(self.png).decode("ascii")
-        numbers = self.table.to_html(border=0, float_format="{:.3f}".format)
+        numbers = self.table.to_html(border=0, na_rep="", float_format="{:.3f}".format)
         return (
             f'<img alt="{html.escape(self.alt)}" src="data:image/png;base64,{picture}" style="max-width: 100%">'
             f"<details><summary>the numbers</summary>{numbers}</details>"

@@ -59,6 +59,7 @@ def test_a_study_shows_the_recorded_and_the_live_runs_side_by_side() -> None:
     assert figure.table.index.tolist() == [10, 100, 300]  # the last one was run live only
     assert figure.table.loc[100].tolist() == [0.8, 0.7, 0.9, 0.3, 0.95, 4, 0.75]
     assert np.isnan(figure.table.loc[10, "live"])
+    assert "NaN" not in figure._repr_html_()
     assert "100: 0.80" in figure.alt and "live just now, 100: 0.75" in figure.alt
     assert plots.study(SUMMARY, xlabel="rows").table["live"].isna().all()
 

@@ -56,6 +56,10 @@ def train(settings, seed, callbacks=()):
     """Chance, by seed and rows."""
     with open(os.environ["RAN"], "a") as ran:
         ran.write(f"{settings.tier} {settings.rows} {settings.lr} {settings.schedule} {seed}\\n")
+    if "MEET" in os.environ:  # wait for a second process
+        open(os.path.join(os.environ["MEET"], str(os.getpid())), "w").close()
+        while len(os.listdir(os.environ["MEET"])) < 2:
+            time.sleep(0.01)
     time.sleep(float(os.environ.get("PAUSE", 0)))
     bad = os.environ.get("BAD")
     if bad == "fails" and settings.lr == 1:
@@ -151,14 +155,14 @@ def test_an_unknown_name_or_value_of_only_is_refused(folder: Path, only: dict[st
 
 
 def test_killed_and_resumed_no_row_is_lost_or_doubled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PAUSE", "0.05")
+    monkeypatch.setenv("PAUSE", "0.2")
     chance, kills = np.random.default_rng(), 0
     while kills < 3:
         before = len(rows_of(folder)) if (folder / "tiny.csv").exists() else 0
         process = subprocess.Popen([sys.executable, "-c", COMMAND, folder], stderr=subprocess.DEVNULL)
         while process.poll() is None and (not (folder / "tiny.csv").exists() or len(rows_of(folder)) < before + 2):
             time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.1))  # somewhere in a row, or in its recording
+        time.sleep(chance.uniform(0, 0.3))  # somewhere in a row, or in its recording
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
@@ -169,8 +173,28 @@ def test_killed_and_resumed_no_row_is_lost_or_doubled(folder: Path, monkeypatch:
     assert len(ran(folder)) <= len(ALL) + kills  # a kill costs the row that was running
 
 
+def test_a_row_that_is_cut_off_while_it_is_written_spoils_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_study("tiny", {"rows": 50}, progress=False, folder=folder)
+    before = (folder / "tiny.csv").read_bytes()
+
+    def half(writer: csv.DictWriter, rows: list[dict[str, str]]) -> None:
+        writer.writerow(next(iter(rows)))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(csv.DictWriter, "writerows", half)
+        run_study("tiny", progress=False, folder=folder)
+    assert (folder / "tiny.csv").read_bytes() == before
+    run_study("tiny", progress=False, folder=folder)
+    assert keys_of(folder) == ALL
+
+
 def test_two_processes_share_the_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PAUSE", "0.2")
+    monkeypatch.setenv("PAUSE", "0.05")
+    monkeypatch.setenv("MEET", str(folder.parent / "meet"))
+    (folder.parent / "meet").mkdir()
     command = [sys.executable, "-c", COMMAND, folder]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     told = [process.communicate()[1] for process in processes]
