@@ -5,6 +5,7 @@ Leave the machine idle. Takes about 8 minutes.
     python benchmarks/lab_bench.py
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -111,7 +112,7 @@ def two_jobs_throughput(folder: Path) -> float:
 def main() -> None:
     if os.getloadavg()[0] > 0.5:
         print("the machine is not idle: these figures will be off", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # the panel's ledger goes there too
         figures = {
             "panel_seconds": panel_seconds(),
             "panel_overhead": panel_overhead(),

@@ -230,7 +230,7 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 def _known_model(name: str) -> str:
     known = assets.names("text-encoder") + assets.names("language-model")
-    if name not in known and "/" not in name and not Path(name).is_dir():
+    if name not in known and "/" not in name and not (name and Path(name).is_dir()):
         raise ValueError(f"{_nearest(name, known)} Give {', '.join(known)}, a folder or a hub id (owner/name)")
     return name
 

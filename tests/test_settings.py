@@ -66,6 +66,7 @@ REFUSED = [
     ({"dataset": __file__}, "given as data"),
     ({"far_domains": ["tweet-sentimnt"]}, "did you mean 'tweet-sentiment'?"),
     ({"model": "minlm"}, "did you mean 'minilm'?"),
+    ({"model": ""}, "model='' can't be"),
     ({"data": "no-such.csv"}, "no such file"),
 ]
 
