@@ -5,7 +5,6 @@ entry appears complete or not at all; reading one takes no lock and writes nothi
 """
 
 import dataclasses
-import difflib
 import errno
 import functools
 import hashlib
@@ -20,6 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from ftkit.archives import Archive, AssetError, contents, download
+from ftkit.spelling import nearest
 
 REGISTRY = Path(__file__).with_name("assets.toml")
 
@@ -63,8 +63,9 @@ def get(name: str) -> Asset:
     """The asset of that name; raises AssetError, with the nearest name, if there is none."""
     if name in registry():
         return registry()[name]
-    near = difflib.get_close_matches(name, registry(), n=1, cutoff=0)[0]
-    raise AssetError(f"there is no asset {name!r}: did you mean {near!r}? `ftkit assets` lists them all")
+    raise AssetError(
+        f"there is no asset {name!r}: did you mean {nearest(name, registry())!r}? `ftkit assets` lists them all"
+    )
 
 
 def cache_dir() -> Path:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,11 +14,16 @@ from ftkit import TIERS, __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``ftkit``; returns the exit code: 0 done, 1 failed (one line on stderr says why), 130 interrupted."""
+    """Run ``ftkit``; returns the exit code.
+
+    0: done; 1: failed, one line on stderr says why (a single run that was interrupted has its report and counts as
+    failed); 130: interrupted.
+    """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")  # the cards are not ASCII, a Windows console may think they are
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # what Ctrl-C cleans up, `kill` and `timeout` do too
+    warnings.showwarning = lambda message, *_: print(f"ftkit: {message}", file=sys.stderr)
     try:
         arguments = _parser().parse_args(argv)
         return arguments.command(arguments)
@@ -58,7 +64,15 @@ def _parser() -> argparse.ArgumentParser:
 
     study = commands.add_parser("study", help="run what is missing of a recorded study")
     study.add_argument("name", metavar="NAME", help="of data/studies/NAME.toml")
-    study.add_argument("--only", nargs="+", action="extend", default=[], metavar="NAME=VALUE", type=_parameter)
+    study.add_argument(
+        "--only",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        type=_parameter,
+        help="only these rows, e.g. lr=1e-4 seed=0,1; after NAME",
+    )
     study.set_defaults(command=_study)
 
     fetch = commands.add_parser("fetch", help="get models and data onto the disk")

@@ -41,7 +41,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunTable:
     """The runs of one notebook; ``superseded`` runs, of an earlier version of it or of its data, are left out."""
 
     notebook: str
@@ -80,7 +80,7 @@ class Comparison:
         return [INTERVAL, left_out] if self.superseded else [INTERVAL]
 
 
-def compare_runs(folder: Path, identities: Collection[str] | None = None) -> list[Comparison]:
+def compare_runs(folder: Path, identities: Collection[str] | None = None) -> list[RunTable]:
     """Compare the runs in a folder's ledger that finished with results; of the same run the last one counts.
 
     Args:
@@ -97,14 +97,16 @@ def compare_runs(folder: Path, identities: Collection[str] | None = None) -> lis
     for entry in ledger.read(folder / ledger.NAME):
         wanted = identities is None or entry.get("identity") in identities
         if wanted and entry.get("metrics") and entry.get("settings") is not None and not entry.get("error"):
-            runs[entry.get("identity", entry["id"])] = entry
+            key = entry.get("identity", entry["id"])
+            runs.pop(key, None)  # or it would keep the place of the earlier one
+            runs[key] = entry
     if not runs:
         raise ValueError(f"There is nothing to compare: {folder / ledger.NAME} has no finished run with results.")
     notebooks = dict.fromkeys(entry["notebook"] for entry in runs.values())
     return [_comparison(name, [run for run in runs.values() if run["notebook"] == name]) for name in notebooks]
 
 
-def format_comparisons(comparisons: Sequence[Comparison]) -> str:
+def format_comparisons(comparisons: Sequence[RunTable]) -> str:
     """For a terminal: a section a notebook, no trailing newline."""
     sections = []
     for comparison in comparisons:
@@ -113,7 +115,7 @@ def format_comparisons(comparisons: Sequence[Comparison]) -> str:
     return "\n\n".join(sections)
 
 
-def write_comparisons(comparisons: Sequence[Comparison], folder: Path) -> tuple[Path, Path]:
+def write_comparisons(comparisons: Sequence[RunTable], folder: Path) -> tuple[Path, Path]:
     """Write ``compare.csv`` and ``compare.html``, one file that needs no network; returns their paths."""
     import pandas as pd
 
@@ -137,7 +139,7 @@ def write_comparisons(comparisons: Sequence[Comparison], folder: Path) -> tuple[
     return unfinished.replace(folder / "compare.csv"), page
 
 
-def _comparison(notebook: str, runs: Sequence[Mapping[str, Any]]) -> Comparison:
+def _comparison(notebook: str, runs: Sequence[Mapping[str, Any]]) -> RunTable:
     latest = {version: digest for run in runs for version, digest in _versions(run).items()}
     current = [run for run in runs if all(latest[key] == digest for key, digest in _versions(run).items())]
     groups: dict[str, list[Mapping[str, Any]]] = {}
@@ -151,8 +153,10 @@ def _comparison(notebook: str, runs: Sequence[Mapping[str, Any]]) -> Comparison:
         settings = {name: attributes[key].get(name) for name in differing}
         for method in dict.fromkeys(method for run in groups[key] for method in run["metrics"]):
             having = [run for run in groups[key] if method in run["metrics"]]
-            rows.append(Row(settings, method, _pooled([run["metrics"][method] for run in having], having[0])))
-    return Comparison(notebook, rows, len(runs) - len(current))
+            pooled = _pooled([run["metrics"][method] for run in having], having[0])
+            split = having[0]["metrics"][method].get("split", "test")
+            rows.append(Row(settings, method if split == "test" else f"{method} ({split})", pooled))
+    return RunTable(notebook, rows, len(runs) - len(current))
 
 
 def _attributes(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Control:
         low, high = parameter.low, parameter.high
         shared = {
             "description": parameter.name,
-            "tooltip": "; ".join(filter(None, [parameter.help, _allowed(parameter)])),
+            "tooltip": "; ".join(filter(None, [parameter.help, parameter.allowed_units])),
             "style": {"description_width": label_width},
             "layout": {"width": "auto"},
         }
@@ -87,7 +87,7 @@ class Picture:
     def __init__(self, settings: NotebookSettings) -> None:
         parameters = {parameter.name: parameter for parameter in settings.parameters()}
         self._rows = [
-            (name, in_words(getattr(settings, name)), _allowed(parameters[name]), parameters[name].help)
+            (name, in_words(getattr(settings, name)), parameters[name].allowed_units, parameters[name].help)
             for name in settings.PANEL
         ]
 
@@ -109,13 +109,6 @@ class Picture:
             "run this cell in JupyterLab to turn these and press Train.</caption>"
             f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
         )
-
-
-def _allowed(parameter: Parameter) -> str:
-    """Bounds and unit in words."""
-    if parameter.kind == "bool":
-        return "True, False"
-    return f"{parameter.allowed} {parameter.unit}".strip()
 
 
 def _decimals(parameter: Parameter) -> int:

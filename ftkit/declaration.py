@@ -5,12 +5,11 @@ A study runs the notebook's own code, its cells tagged `study`, so that what is 
 
 import ast
 import csv
-import difflib
 import hashlib
 import itertools
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ftkit.runs import find_notebook
 from ftkit.schema import NotebookSettings, in_words, settings_of
+from ftkit.spelling import nearest
 
 FOLDER = Path(__file__).parents[1] / "data" / "studies"
 
@@ -188,11 +188,6 @@ def read_declaration(name: str, folder: Path = FOLDER) -> Declaration:
 def several(value: Any) -> list[Any]:
     """A value, or several, as a list."""
     return list(value) if isinstance(value, list | tuple | range) else [value]
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The name that was probably meant."""
-    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
 
 
 def _shape(node: Any) -> Any:

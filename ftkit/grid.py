@@ -141,7 +141,8 @@ def run_grid(
 
     out = Path(out)
     finished = [e for e in ledger.read(out / ledger.NAME) if "identity" in e and not e["error"]]
-    done = {entry["identity"] for entry in finished if (out / entry["id"]).is_dir()}
+    wanted = "report.html" if html else ""
+    done = {entry["identity"] for entry in finished if (out / entry["id"] / wanted).exists()}
     waiting = [job for job in planned if job.identity not in done]
     if len(waiting) < len(planned):
         print(f"{len(planned) - len(waiting)} of {len(planned)} runs are already there.", file=sys.stderr)

@@ -148,7 +148,7 @@ def study(
     with plt.rc_context(STYLE):
         drawn, ax = plt.subplots(figsize=(7.5, 4))
         for low, high, width, label in (
-            ("run_low", "run_high", 1.2, "95 % range of a single run"),
+            ("run_low", "run_high", 1.2, "95 % interval of one further run"),
             ("low", "high", 4.5, "95 % interval of the mean"),
         ):
             ax.vlines(summary.index, summary[low], summary[high], color=COLOURS[0], lw=width, label=label)

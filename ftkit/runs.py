@@ -5,7 +5,6 @@ wrote through `save_metrics` and, if asked for, a ``report.html`` (`ftkit.report
 """
 
 import ast
-import difflib
 import functools
 import hashlib
 import json
@@ -19,6 +18,7 @@ from ftkit import TIERS, ledger
 from ftkit.execution import execute
 from ftkit.results import plain
 from ftkit.schema import in_words, settings_of
+from ftkit.spelling import nearest
 
 
 @dataclass
@@ -108,7 +108,7 @@ def find_notebook(name: str | Path) -> Path:
         if (folder / file).is_file():
             return (folder / file).resolve()
     known = sorted({path.stem for folder in folders for path in folder.glob("*.ipynb")})
-    hint = f"did you mean {_nearest(file.stem, known)!r}? {_listed(known)}" if known else "give the path of one"
+    hint = f"did you mean {nearest(file.stem, known)!r}? {_listed(known)}" if known else "give the path of one"
     raise FileNotFoundError(f"No notebook {str(name)!r}: {hint}.")
 
 
@@ -131,10 +131,10 @@ def check_parameters(notebook: Path, given: Mapping[str, Any]) -> dict[str, tupl
     known = default_parameters(notebook)
     for name in given:
         if name not in known:  # papermill would only warn, and run for minutes with the default
-            nearest = f": did you mean {_nearest(name, known)!r}? {_listed(known)}" if known else ""
-            raise ValueError(f"Notebook {notebook.stem} has no parameter {name!r}{nearest}.")
+            hint = f": did you mean {nearest(name, known)!r}? {_listed(known)}" if known else ""
+            raise ValueError(f"Notebook {notebook.stem} has no parameter {name!r}{hint}.")
     if given["tier"] not in TIERS:
-        raise ValueError(f"Unknown tier {given['tier']!r}: did you mean {_nearest(given['tier'], TIERS)!r}?")
+        raise ValueError(f"Unknown tier {given['tier']!r}: did you mean {nearest(given['tier'], TIERS)!r}?")
     return {name: (known[name], value) for name, value in given.items() if name != "tier" and value != known[name]}
 
 
@@ -164,9 +164,11 @@ def parameters_help(notebook: Path) -> str:
     else:
         listed = {}
         for parameter in schema.parameters()[1:]:  # the tier is an option
-            bounds = f"{parameter.allowed} {parameter.unit}".strip()
-            kind = f"{parameter.kind}: {bounds}" if bounds else parameter.kind
-            defaults = list(map(in_words, parameter.defaults.values()))
+            kind = ": ".join(filter(None, [parameter.kind, parameter.allowed_units]))
+            defaults = [
+                json.dumps(default) if isinstance(default, list) else in_words(default)  # as -p takes it
+                for default in parameter.defaults.values()
+            ]
             default = defaults[0] if len(set(defaults)) == 1 else " | ".join(defaults)
             listed[parameter.name] = [parameter.help, f"{kind}; default {default}"]
     indent = max(map(len, listed), default=0) + 4
@@ -274,10 +276,6 @@ def _file_digest(file: Path, changed_at: int) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _nearest(name: str, names: Any) -> str:
-    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
 
 
 def _listed(names: Any) -> str:

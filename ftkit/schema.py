@@ -4,7 +4,7 @@ The `parameters` cell, the control panel, the options of ``ftkit run`` and the h
 """
 
 import ast
-import difflib
+import json
 import os
 import re
 import types
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from ftkit import TIERS, assets
+from ftkit.spelling import nearest
 
 LINE_LENGTH = 96  # of notebook cells
 
@@ -55,7 +56,14 @@ class Parameter:
         """The bounds or the choices in words; "" where anything of the kind goes."""
         if self.choices:
             return ", ".join(self.choices)
+        if self.kind == "bool":
+            return "True, False"
         return "" if self.low is None else f"{in_words(self.low)} to {in_words(self.high)}"
+
+    @property
+    def allowed_units(self) -> str:
+        """The same with the unit."""
+        return f"{self.allowed} {self.unit}".strip()
 
 
 def setting(
@@ -73,14 +81,15 @@ def setting(
     Args:
         help: one line.
         cpu, smoke, gpu: default at each tier; that of cpu where another is not given.
-        between: bounds, themselves allowed.
+        between: bounds, themselves allowed; of each item where it is a list.
         unit: what it is counted in.
         log: whether steps of it are factors, as for rates.
     """
     defaults = {"smoke": cpu if smoke is ... else smoke, "cpu": cpu, "gpu": cpu if gpu is ... else gpu}
     low, high = between or (None, None)
     extra = {"unit": unit, "low": low, "high": high, "log": log, "defaults": defaults}
-    return Field(description=help, ge=low, le=high, json_schema_extra=extra)
+    bounds = {} if between is None or isinstance(cpu, list) else {"ge": low, "le": high}
+    return Field(description=help, json_schema_extra=extra, **bounds)
 
 
 class NotebookSettings(BaseModel):
@@ -97,6 +106,15 @@ class NotebookSettings(BaseModel):
 
     tier: Literal["smoke", "cpu", "gpu"] = setting("picks the value of whatever is None below", "cpu")
 
+    @field_validator("*")
+    @classmethod
+    def _items_within_bounds(cls, value: Any, field: ValidationInfo) -> Any:
+        parameter = _parameter(cls, field.field_name)
+        for item in value if isinstance(value, list) and parameter.low is not None else []:
+            if not parameter.low <= item <= parameter.high:
+                raise ValueError(f"{in_words(item)} is outside {parameter.allowed}")
+        return value
+
     @classmethod
     def at(cls, tier: str, **given: Any) -> Self:
         """The settings of a tier; a given value that is not None replaces its default.
@@ -105,7 +123,9 @@ class NotebookSettings(BaseModel):
             SettingsError: no such tier, an unknown name, a value that can't be.
         """
         if tier not in TIERS:
-            raise SettingsError(f"There is no tier {tier!r}: {_nearest(tier, TIERS)} It can be {', '.join(TIERS)}.")
+            raise SettingsError(
+                f"There is no tier {tier!r}: {_did_you_mean(tier, TIERS)} It can be {', '.join(TIERS)}."
+            )
         defaults = {parameter.name: parameter.defaults[tier] for parameter in cls.parameters()}
         chosen = {name: value for name, value in given.items() if value is not None}
         return cls._checked(defaults | chosen | {"tier": tier})
@@ -173,20 +193,19 @@ class NotebookSettings(BaseModel):
             return cls._unknown(name)
         parameter = _parameter(cls, name)
         if error["type"] == "literal_error":
-            cure = f"{_nearest(str(value), parameter.choices)} It can be {parameter.allowed}"
+            cure = f"{_did_you_mean(str(value), parameter.choices)} It can be {parameter.allowed}"
         elif error["type"] == "value_error":
             return f"{name}={value!r} can't be: {error['msg'].removeprefix('Value error, ')}."
         else:
-            kind = {"float": "a number", "int": "a whole number", "bool": "true or false", "list": "a list"}
-            cure = f"give {kind.get(parameter.kind, 'a text')}" + (
-                f", {parameter.allowed}" if parameter.allowed else ""
-            )
+            kinds = {"float": "a number", "int": "a whole number", "bool": "true or false"}
+            kinds |= {"list": f"a list such as {json.dumps(parameter.defaults['cpu'])}"}
+            cure = ", ".join(filter(None, [f"give {kinds.get(parameter.kind, 'a text')}", parameter.allowed]))
         return f"{name}={value!r} can't be: {cure} ({parameter.help})."
 
     @classmethod
     def _unknown(cls, name: str) -> str:
         names = list(cls.model_fields)
-        return f"{cls.NOTEBOOK} has no parameter {name!r}: {_nearest(name, names)} It has {', '.join(names)}."
+        return f"{cls.NOTEBOOK} has no parameter {name!r}: {_did_you_mean(name, names)} It has {', '.join(names)}."
 
 
 def settings_of(notebook: str | Path) -> type[NotebookSettings] | None:
@@ -221,17 +240,22 @@ def _parameter(cls: type[NotebookSettings], name: str) -> Parameter:
 def _injected(history: Sequence[str]) -> list[str]:
     """Names that papermill's cell assigns, if papermill executes this notebook."""
     cells = [source for source in history if re.match(r"# Parameters\n", source)]
-    return [ast.unparse(statement.targets[0]) for source in cells[-1:] for statement in ast.parse(source).body]
+    return [
+        ast.unparse(statement.targets[0])
+        for source in cells[-1:]
+        for statement in ast.parse(source).body
+        if isinstance(statement, ast.Assign)
+    ]
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    return f"did you mean {difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]!r}?"
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    return f"did you mean {nearest(name, names)!r}?"
 
 
 def _known_model(name: str) -> str:
     known = assets.names("text-encoder") + assets.names("language-model")
     if name not in known and "/" not in name and not (name and Path(name).is_dir()):
-        raise ValueError(f"{_nearest(name, known)} Give {', '.join(known)}, a folder or a hub id (owner/name)")
+        raise ValueError(f"{_did_you_mean(name, known)} Give {', '.join(known)}, a folder or a hub id (owner/name)")
     return name
 
 
@@ -240,7 +264,7 @@ def _known_dataset(name: str) -> str:
     if Path(name).is_file():
         raise ValueError("a file of your own is given as data")
     if name not in known and "/" not in name:
-        raise ValueError(f"{_nearest(name, known)} Give {', '.join(known)} or a hub id (owner/name)")
+        raise ValueError(f"{_did_you_mean(name, known)} Give {', '.join(known)} or a hub id (owner/name)")
     return name
 
 

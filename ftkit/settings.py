@@ -14,10 +14,10 @@ class TextSettings(NotebookSettings):
     text: str | None = setting("column with the texts, guessed if None", None)
     label: str | None = setting("column with the labels, guessed if None", None)
     rows: int = setting(
-        "training rows of each seed", 1000, smoke=64, gpu=6000, between=(20, 1_000_000), unit="rows", log=True
+        "training rows of each seed", 1000, smoke=64, gpu=6000, between=(2, 1_000_000), unit="rows", log=True
     )
     test_rows: int = setting(
-        "rows every score is measured on", 1000, smoke=100, gpu=2000, between=(20, 1_000_000), unit="rows", log=True
+        "rows every score is measured on", 1000, smoke=100, gpu=2000, between=(2, 1_000_000), unit="rows", log=True
     )
     max_length: int = setting(
         "tokens kept of a text", 64, smoke=32, gpu=128, between=(8, 8192), unit="tokens", log=True
@@ -51,8 +51,8 @@ class FullFineTuning(TextSettings):
     num_epochs: int = setting("passes over the training rows", 2, smoke=1, gpu=3, between=(1, 100), unit="epochs")
     batch_size: int = setting("rows a step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
     keep_best: bool = setting("end with the weights of the epoch best on validation", True)
-    live_rows: list[int] = setting("numbers of rows tried live beside the recorded study", [50, 200], smoke=[20])
-    live_rates: list[float] = setting("learning rates tried live beside the recorded study", [0.01])
+    live_rows: list[int] = setting("rows tried live beside the study", [200, 500], smoke=[20], between=(2, 1_000_000))
+    live_rates: list[float] = setting("rates tried live beside the study", [3e-4], between=(1e-7, 1))
     far_domains: list[Dataset] = setting(
         "sentiment data that a tuned sentiment model is tried on",
         ["product-sentiment", "editorial-sentiment", "tweet-sentiment"],

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit.declaration import FOLDER, Declaration, StudyError, nearest, read_declaration, several
+from ftkit.declaration import FOLDER, Declaration, StudyError, read_declaration, several
 from ftkit.machine import describe_machine
 from ftkit.results import Outcome
 from ftkit.schema import NotebookSettings, in_words
+from ftkit.spelling import nearest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +55,9 @@ def run_study(
 
     declaration = read_declaration(name, folder)
     chosen = declaration.having(**(only or {}))
-    about = {key: value for key, value in describe_machine().items() if key in TEXTS}
+    here = describe_machine()
+    about = {key: value for key, value in here.items() if key in TEXTS}
+    about["machine"] += "" if here["GPU"] == "none" else f", {here['GPU']}"
     recorded = _same_code(declaration)
     todo = [row for row in chosen if declaration.key(row) not in recorded]
     failed = 0
@@ -143,7 +146,33 @@ class Study:
         table = table.drop(columns="std").rename(columns={"count": "seeds"})
         return table[["mean", "low", "high", "run_low", "run_high", "seeds"]].rename_axis(columns=score)
 
-    def matches(self, settings: NotebookSettings, by: str) -> list[str]:
+    def near_best(self, by: str, score: str, **where: Any) -> list[Any]:
+        """The value of a parameter with the highest mean score, then those that can't be told from it.
+
+        Told from it is a value whose difference from it, seed by seed, has a 95 % t interval above 0.
+
+        Args:
+            by, score, where: as for ``summary``.
+        """
+        from scipy.stats import t
+
+        means = self.summary(by, score, **where)["mean"]
+        rows = self.of(**where, **{by: list(means.index)})
+        by_seed = rows.pivot_table(index="seed", columns=by, values=score)
+        best = means.idxmax()
+        behind = by_seed.drop(columns=best).rsub(by_seed[best], axis=0)
+        count = behind.count()
+        lowest = behind.mean() - t.ppf(0.975, count - 1) * behind.std() / count**0.5
+        return [best, *lowest.index[~(lowest > 0)]]
+
+    @property
+    def origin(self) -> str:
+        """Where the record comes from, in one line: how many runs, how long, on what."""
+        rows = self.rows
+        told = [", ".join(dict.fromkeys(rows[column])) for column in ("machine", "versions", "revision")]
+        return f"{len(rows)} runs, {rows['seconds'].sum() / 60:.0f} minutes of training; " + "; ".join(told)
+
+    def differing(self, settings: NotebookSettings, by: str) -> list[str]:
         """Names of the parameters, ``by`` apart, in which settings differ from the study: none, and it applies.
 
         Compared are the parameters that the study pins or varies, and those that are None in it (TOML can't say so).

@@ -102,8 +102,9 @@ class Panel:
 
     def _stop(self, _: Button) -> None:
         self.stop_button.disabled = True
-        if Panel._training is not None:
-            Panel._training.curve.stop.set()
+        training = Panel._training  # its thread may end at any moment
+        if training is not None:
+            training.curve.stop.set()
 
     def _reset(self, _: Button) -> None:
         for control in self.controls.values():

@@ -113,7 +113,8 @@ def test_a_reader_turns_trains_and_stops(lab: tuple[str, Path]) -> None:
         train.click()
         expect(stop).to_be_enabled(timeout=120_000)  # the cells below the panel may still be running
         expect(rows).to_have_count(1, timeout=120_000)
-        assert re.search(r"loss", panel.locator("img").get_attribute("alt"))
+        drawn = re.compile(r"loss \d+\.\d+ at step \d+ of \d+, validation accuracy \d")
+        expect(panel.locator("img")).to_have_attribute("alt", drawn)
         expect(train).to_be_enabled()
         page.screenshot(path=build / "panel_finished.png")
 

@@ -96,6 +96,19 @@ def test_runs_of_an_earlier_version_are_left_out(tmp_path: Path) -> None:
     assert comparison.notes[1] == "Left out: 2 runs of an earlier version of the notebook or of its data."
 
 
+def test_the_notebook_as_it_was_run_last_counts(tmp_path: Path) -> None:
+    for notebook, accuracy in (("1", 0.25), ("2", 0.5), ("1", 0.75)):
+        enter(tmp_path, f"of {notebook}", {"lr": 1}, {0: accuracy}, digests={"notebook": notebook})
+    (comparison,) = compare_runs(tmp_path)
+    assert [row.entry["accuracy"] for row in comparison.rows] == [0.75]
+
+
+def test_a_score_on_other_rows_than_the_test_rows_says_so(tmp_path: Path) -> None:
+    score = {"accuracy": 0.75, "ci95": [0.5, 1.0], "seeds": [0], "by_seed": [0.75], "split": "validation"}
+    enter(tmp_path, "panel", {"lr": 1}, {0: 0.75}, metrics={"panel": score})
+    assert "panel (validation)" in format_comparisons(compare_runs(tmp_path))
+
+
 def test_wanted_runs_only(folder: Path) -> None:
     (comparison,) = compare_runs(folder, {"identity of a"})
     assert [(row.name, row.entry["accuracy"]) for row in comparison.rows] == [("linear_probe", pytest.approx(0.85))]

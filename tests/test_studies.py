@@ -368,13 +368,29 @@ def test_the_intervals_of_a_summary(folder: Path) -> None:
     assert table.loc[100, ["low", "high", "run_low", "run_high"]].isna().all()  # one seed has no spread
 
 
+def test_the_best_value_and_those_that_cannot_be_told_from_it(folder: Path) -> None:
+    """Differences by seed count, not the spread: 1 is always a little worse than the best, 1e-4 now better, now not."""
+    scores = {("linear", 1e-4): [0.5, 0.9, 0.72], ("linear", 1.0): [0.69, 0.79, 0.59]}
+    best = {"rows": [0.7, 0.8, 0.6]}
+    rows = [
+        {"rows": 100, "lr": lr, "schedule": schedule, "seed": seed, "test_accuracy": score}
+        for (schedule, lr), of_seeds in scores.items()
+        for seed, score in enumerate(of_seeds)
+    ]
+    study = Study(read_declaration("tiny", folder), pd.DataFrame(rows))
+    assert study.near_best("lr", "test_accuracy") == [1e-4, 1.0]
+    near = pd.DataFrame(rows)
+    near.loc[near["lr"] == 1e-4, "test_accuracy"] = best["rows"]
+    assert Study(study.declaration, near).near_best("lr", "test_accuracy") == [1e-4]
+
+
 def test_settings_that_a_study_speaks_of(folder: Path) -> None:
     study = Study(read_declaration("tiny", folder), pd.DataFrame())
     ours = FullFineTuning.at("cpu", rows=100, test_rows=40)
-    assert study.matches(ours, by="rows") == []
-    assert study.matches(ours.changed(seed=7, num_seeds=1, live_rows=[20], rows=60), by="rows") == []
-    assert study.matches(ours.changed(rows=60, schedule="cosine"), by="lr") == ["rows", "schedule"]
-    assert study.matches(ours.changed(data=__file__), by="rows") == ["data"]  # a file replaces the data set
+    assert study.differing(ours, by="rows") == []
+    assert study.differing(ours.changed(seed=7, num_seeds=1, live_rows=[20], rows=60), by="rows") == []
+    assert study.differing(ours.changed(rows=60, schedule="cosine"), by="lr") == ["rows", "schedule"]
+    assert study.differing(ours.changed(data=__file__), by="rows") == ["data"]  # a file replaces the data set
 
 
 COMMITTED = sorted(path.stem for path in FOLDER.glob("*.toml"))

@@ -402,7 +402,7 @@ def check_picture(outputs: list[Any]) -> None:
     table = BeautifulSoup(output["data"]["text/html"], "html.parser").table
     rows = {row.th.text: [cell.text for cell in row.select("td")] for row in table.select("tbody tr")}
     assert list(rows) == list(FullFineTuning.PANEL)
-    assert rows["rows"] == ["64", "20 to 1,000,000 rows", "training rows of each seed"]
+    assert rows["rows"] == ["64", "2 to 1,000,000 rows", "training rows of each seed"]
     assert rows["schedule"][1] == "linear, cosine, constant"
     assert "JupyterLab" in table.caption.text
 
