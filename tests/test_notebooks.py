@@ -221,6 +221,13 @@ def test_full_fine_tuning_beats_its_rivals_in_the_committed_run() -> None:
         assert float(rows[rival][1].split(" to ")[1]) < low
 
 
+def test_the_readme_shows_the_results_of_the_committed_notebook() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- results -->")[2]
+    lines = [line.strip("| ").split(" | ") for line in readme.partition("<!-- /results -->")[0].strip().splitlines()]
+    shown = {name: cells for name, *cells in lines[2:]}
+    assert shown == committed_tables(ROOT / "notebooks" / "01_full_fine_tuning.ipynb", "results_table(")[0]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_results_lie_within_the_bands_of_the_cpu_tier(path: Path) -> None:
     bands = tomllib.loads((ROOT / "tests" / "bands.toml").read_text(encoding="utf-8"))[path.stem]["cpu"]["bands"]
