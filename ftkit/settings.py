@@ -51,7 +51,7 @@ class FullFineTuning(TextSettings):
     num_epochs: int = setting("passes over the training rows", 2, smoke=1, gpu=3, between=(1, 100), unit="epochs")
     batch_size: int = setting("rows a step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
     keep_best: bool = setting("end with the weights of the epoch best on validation", True)
-    live_rows: list[int] = setting("rows tried live beside the study", [200, 500], smoke=[20], between=(2, 1_000_000))
+    live_rows: list[int] = setting("rows tried live beside the study", [200], smoke=[20], between=(2, 1_000_000))
     live_rates: list[float] = setting("rates tried live beside the study", [3e-4], between=(1e-7, 1))
     far_domains: list[Dataset] = setting(
         "sentiment data that a tuned sentiment model is tried on",
