@@ -300,7 +300,7 @@ def test_the_summary_says_what_each_setting_is(run: Run, tmp_path: Path) -> None
 def test_the_help_lists_every_parameter(tmp_path: Path) -> None:
     text = parameters_help(find_notebook("01_full_fine_tuning"))
     assert re.search(
-        r"^  rows +training rows of each seed\n +int: 20 to 1,000,000 rows; default 64 \| 1,000 \| 6,000$", text, re.M
+        r"^  rows +training rows of each seed\n +int: 2 to 1,000,000 rows; default 64 \| 1,000 \| 6,000$", text, re.M
     )
     assert re.search(
         r"^  schedule +the rate after warm-up\n +str: linear, cosine, constant; default linear$", text, re.M
