@@ -41,7 +41,7 @@ def measure(notebook: str, tier: str, parameters: dict[str, object]) -> dict[str
 
 def as_toml(declared: dict[str, dict[str, dict[str, object]]]) -> str:
     """The file's text; JSON's lists, strings and numbers are TOML's too."""
-    lines = [FILE.read_text(encoding="utf-8").partition("\n[")[0]]
+    lines = [FILE.read_text(encoding="utf-8").partition("\n[")[0].rstrip()]
     for notebook, tiers in declared.items():
         for tier, entry in tiers.items():
             lines += ["", f"[{notebook}.{tier}]", f"learn_nothing = {json.dumps(entry['learn_nothing'])}"]
