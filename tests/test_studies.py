@@ -286,7 +286,7 @@ def test_a_notebook_that_does_not_do_what_the_row_says_records_nothing(
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("rows = [50", "rows = [5", "rows=5 can't be: .*20 to"),
+        ("rows = [50", "rows = [1", "rows=1 can't be: .*2 to"),
         ("schedule =", "scedule =", "did you mean 'schedule'"),
         ("[[grid]]\nrows", "[[grids]]\nrows", "give notebook, tier, seeds"),
         ("[[grid]]\nlr = [1e-4, 1]", "[[grid]]\nlr = 1", "a list"),
