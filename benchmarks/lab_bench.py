@@ -46,8 +46,10 @@ def panel_seconds() -> float:
 def panel_overhead() -> float:
     """Median over rounds of the time of 100 steps through the panel over that of the same `fit` without it.
 
-    There is no kernel here: what the browser is sent is made, not sent.
+    Both are run by cells of a shell. There is no kernel here: what the browser is sent is made, not sent.
     """
+    from IPython.core.interactiveshell import InteractiveShell
+
     from ftkit.callbacks import Callback
     from ftkit.data import encode, load_text
     from ftkit.models import load_classifier
@@ -69,19 +71,25 @@ def panel_overhead() -> float:
         history = fit(network, encoded, chosen, callbacks=callbacks)
         return Outcome(seed, history, {"validation": evaluate(network, encoded["validation"])})
 
+    shell = InteractiveShell.instance()
+    panel = Panel(settings, train)
+
     def through_the_panel() -> float:
-        panel = Panel(settings, train)
         panel.train_button.click()
         panel.thread.join()
         outcome = panel.runs[-1].outcomes[0]
         assert len(outcome.history.steps) == 100
         return outcome.history.seconds
 
+    def alone() -> float:
+        return train(settings, 0, []).history.seconds
+
+    shell.push({"through_the_panel": through_the_panel, "alone": alone})
     ratios = []
     for i in range(ROUNDS):
-        runs = [through_the_panel, lambda: train(settings, 0, []).history.seconds]
-        seconds = {run: run() for run in (runs if i % 2 else runs[::-1])}
-        with_panel, without = (seconds[run] for run in runs)
+        for run in ("through_the_panel", "alone") if i % 2 else ("alone", "through_the_panel"):
+            shell.run_cell(f"{run}_seconds = {run}()").raise_error()
+        with_panel, without = (shell.user_ns[f"{run}_seconds"] for run in ("through_the_panel", "alone"))
         ratios.append(with_panel / without)
         print(f"100 steps: {with_panel:.1f} s through the panel, {without:.1f} s without it", flush=True)
     return median(ratios)

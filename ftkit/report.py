@@ -50,7 +50,7 @@ def write_report(run: Run) -> Path:
         started=f"{run.started.day} {run.started:%B %Y, %H:%M}",
         duration=_duration(run.seconds),
         results=results_table(run.metrics).to_html(border=0) if run.metrics else None,
-        machine=describe_machine(),
+        machine=describe_machine() | {"device": (run.settings or {}).get("device", "not known")},
         body=body,
         failure_shown=failure is not None,
     )

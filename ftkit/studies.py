@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit.declaration import FOLDER, Declaration, StudyError, read_declaration, several
-from ftkit.machine import describe_machine
+from ftkit.machine import describe_machine, gpu_name
 from ftkit.results import Outcome
 from ftkit.schema import NotebookSettings, in_words
 from ftkit.spelling import nearest
@@ -57,7 +57,7 @@ def run_study(
     chosen = declaration.having(**(only or {}))
     here = describe_machine()
     about = {key: value for key, value in here.items() if key in TEXTS}
-    about["machine"] += "" if here["GPU"] == "none" else f", {here['GPU']}"
+    about["machine"] = ", ".join(filter(None, [about["machine"], gpu_name()]))
     recorded = _same_code(declaration)
     todo = [row for row in chosen if declaration.key(row) not in recorded]
     failed = 0

@@ -13,6 +13,7 @@ from ftkit import ledger
 from ftkit.callbacks import Callback
 from ftkit.controls import Picture, make_controls
 from ftkit.livecurve import LiveCurve
+from ftkit.machine import release_threads
 from ftkit.meter import Meter
 from ftkit.results import Outcome, runs_folder
 from ftkit.runtable import PanelRun, comparison_html, seeds_of, table_html, varied
@@ -80,6 +81,8 @@ class Panel:
         buttons = HBox([self.train_button, self.stop_button, self.reset_button])
         right = VBox([buttons, self.curve.status, self.curve.picture], layout={"width": "500px", "flex": "1 1 auto"})
         self._box = VBox([HBox([left, right], layout={"flex_flow": "row wrap"}), self.table, self._pair])
+        if get_ipython() is not None:  # the thread that runs the cells may be another than that of a click
+            get_ipython().events.register("post_run_cell", _release_threads)
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         return self._box._repr_mimebundle_(**options)
@@ -184,6 +187,11 @@ class Panel:
             "ended": "failed" if error else run.ended.split()[0],
         }
         ledger.append(runs_folder() / ledger.NAME, entry)
+
+
+def _release_threads(result: Any) -> None:
+    """After each cell: what it left waiting would slow the panel's training."""
+    release_threads()
 
 
 def _in_one_line(problem: Exception) -> str:

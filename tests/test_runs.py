@@ -188,7 +188,7 @@ def test_a_kernel_that_dies_is_an_error_of_the_run(tmp_path: Path) -> None:
 def test_ctrl_c_leaves_a_report_and_no_kernel(tmp_path: Path) -> None:
     sleep = (
         "import os, pathlib, subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'], stderr=subprocess.DEVNULL)\n"
         "print('so far')\n"
         "pids = pathlib.Path(os.environ['FTKIT_RUN_DIR']) / 'pids'\n"
         "pids.with_suffix('.part').write_text(f'{os.getpid()} {child.pid}')\n"
@@ -208,6 +208,7 @@ def test_ctrl_c_leaves_a_report_and_no_kernel(tmp_path: Path) -> None:
         while not (pids := list(tmp_path.glob("out/*/pids"))):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)
+        family = [psutil.Process(int(pid)) for pid in pids[0].read_text().split()]
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)
     finally:
@@ -215,7 +216,7 @@ def test_ctrl_c_leaves_a_report_and_no_kernel(tmp_path: Path) -> None:
     assert stdout.strip() == "Interrupted (cell 3, “A tiny notebook”) True"
     assert "Traceback" not in stderr
     assert "so far" in (pids[0].parent / "report.html").read_text(encoding="utf-8")
-    assert not any(psutil.pid_exists(int(pid)) for pid in pids[0].read_text().split())
+    assert psutil.wait_procs(family, timeout=10)[1] == []  # one that was killed is there until the system noted it
     (entry,) = ledger.read(tmp_path / "out" / ledger.NAME)
     assert entry["error"] == "Interrupted (cell 3, “A tiny notebook”)"
 
