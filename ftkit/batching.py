@@ -17,13 +17,16 @@ def row_lengths(rows: Any) -> NDArray[np.int64]:
     """Tokens of each row, by its ``input_ids`` or else its ``attention_mask``, shape (N,).
 
     Args:
-        rows: a datasets.Dataset or any sequence of dicts. Rows with neither column all have length 1.
+        rows: a datasets.Dataset or any sequence of dicts. Rows with neither column all have length 1;
+            rows that have ``lengths`` themselves, shape (N,), say it.
 
     Raises:
         ValueError: there are no rows.
     """
     if not len(rows):
         raise ValueError("There are no rows to make batches of: ask for at least one row of this split.")
+    if hasattr(rows, "lengths"):
+        return rows.lengths
     first = rows[0]
     sequences = [key for key in ("input_ids", "attention_mask") if key in first]
     if not sequences:

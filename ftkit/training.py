@@ -63,7 +63,7 @@ def fit(
 
     Args:
         model: a classifier, called as ``model(**batch)``; gives an object with ``logits`` of shape (B, C). What has
-            ``requires_grad`` is trained.
+            ``requires_grad`` is trained; modules whose parameters are all frozen run in eval mode.
         data: rows by split, as ``encode`` makes them: "train" and, if there is one, "validation". A row is a dict of
             numbers and sequences, ``labels`` among them.
         settings: see TrainSettings.
@@ -98,7 +98,7 @@ def fit(
             for epoch in range(len(run.history.epochs), settings.num_epochs):
                 if run.stop:
                     break
-                model.train()
+                _set_modes(model)  # anew each epoch: a callback may have unfrozen something
                 batches = training_batches(lengths, settings.batch_size, settings.seed, epoch)
                 groups = [batches[i : i + batches_a_step] for i in range(0, len(batches), batches_a_step)]
                 for group in groups[run.step - epoch * steps_an_epoch :]:
@@ -156,7 +156,7 @@ def evaluate(model: nn.Module, rows: Any, *, batch_size: int = 64) -> Evaluation
     Returns:
         Labels, probabilities and loss, and all that follows from them; rows in the order they were given.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # frozen ones may differ from the rest
     model.eval()
     device = next(model.parameters()).device
     logits: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -167,7 +167,8 @@ def evaluate(model: nn.Module, rows: Any, *, batch_size: int = 64) -> Evaluation
             for i, row in zip(indices, model(**batch).logits.float().cpu(), strict=True):
                 logits[i] = row
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     scores, labels = torch.stack(logits), torch.tensor(row_labels(rows))
     return Evaluation(labels.numpy(), scores.double().softmax(-1).numpy(), F.cross_entropy(scores, labels).item())
 
@@ -205,6 +206,15 @@ def _num_classes(model: nn.Module) -> int:
     return getattr(getattr(model, "config", None), "num_labels", 0)
 
 
+def _set_modes(model: nn.Module) -> None:
+    """Train mode, but eval mode where all parameters are frozen: dropout and running statistics are still there."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+
+
 def _end_epoch(run: TrainingRun, steps_an_epoch: int) -> None:
     """Validate, and keep the weights if they are the best so far (the first of equals)."""
     history = run.history
@@ -217,7 +227,9 @@ def _end_epoch(run: TrainingRun, steps_an_epoch: int) -> None:
         if evaluation.accuracy > best:
             history.best_epoch = row["epoch"]
             if run.settings.keep_best:
-                frozen = {name for name, p in run.model.named_parameters() if not p.requires_grad}
+                # what the optimiser holds, for a callback may have frozen some of it for now
+                trained = {id(p) for parameters in run.optimizer.param_groups for p in parameters["params"]}
+                frozen = {name for name, p in run.model.named_parameters() if id(p) not in trained}
                 weights = run.model.state_dict()
                 run.best_weights = {name: weights[name].clone() for name in weights if name not in frozen}
     history.epochs.append(row)

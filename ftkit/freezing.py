@@ -1,0 +1,276 @@
+"""Which parts of a network train, from when on, and at which rate."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import pandas as pd
+from accelerate import PartialState
+from torch import nn
+
+from ftkit.callbacks import Callback, TrainingRun
+
+
+class FreezingError(ValueError):
+    """A network can't be frozen as asked; the message says why and what to pass instead."""
+
+
+@dataclass
+class Group:
+    """A layer of a network, as one freezes or slows it.
+
+    Attributes:
+        name: "embeddings", "layer 0", … and "head"; with an encoder and a decoder "encoder layer 0", ….
+        parameters: by full name, each in this group only.
+        block: path of the block's module; None for embeddings and head.
+        tied: other names of these parameters, which the network uses in a second place (a language model's output
+            layer is often its word embeddings); they train and freeze here.
+        uses: how often the network runs through the block; more than 1 where layers share it, as in ALBERT.
+    """
+
+    name: str
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    block: str | None = None
+    tied: dict[str, str] = field(default_factory=dict)
+    uses: int = 1
+
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.parameters.values())
+        tied = f", tied: {', '.join(f'{other} is {name}' for other, name in self.tied.items())}" if self.tied else ""
+        uses = f", run {self.uses} times" if self.uses > 1 else ""
+        return f"Group({self.name}: {size:,} parameters{uses}{tied})"
+
+
+def layer_groups(model: nn.Module) -> list[Group]:
+    """Sort a transformer's parameters into embeddings, each block and head, from input to output.
+
+    Blocks are the members of the outermost ``ModuleList``; what is registered before it is embeddings, what comes
+    after it (final norm, pooler, classifier) is head. Tables of relative positions belong to the embeddings, or to the
+    block that holds them. The final norm of an encoder that a decoder follows belongs to the encoder's last block.
+
+    Returns:
+        The groups; every parameter is in exactly one.
+
+    Raises:
+        FreezingError: there is no such list of blocks, or there are several that do not follow one another.
+    """
+    stacks = _stacks(model)
+    several = len(stacks) > 1
+    groups = [Group("embeddings")]
+    ends = {}  # of each stack, by its path: the index of its last block's group
+    for path, blocks in stacks.items():
+        side = path.rpartition(".")[0].rpartition(".")[2] + " " if several else ""
+        groups += [Group(f"{side}layer {i}", block=f"{path}.{i}") for i in range(len(blocks))]
+        ends[path] = len(groups) - 1
+    groups.append(Group("head"))
+    if not several:  # layers that share a block outnumber the blocks
+        depth = getattr(getattr(model, "config", None), "num_hidden_layers", len(groups) - 2)
+        for group in groups[1:-1]:
+            group.uses = max(1, depth // (len(groups) - 2))
+
+    of_block = {group.block: index for index, group in enumerate(groups) if group.block}
+    order = {path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    displaced = _displaced(model, stacks)
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in names:
+            first = names[parameter]
+            next(group for group in groups if first in group.parameters).tied[name] = first
+            continue
+        names[parameter] = name
+        place = next((index for path, index in of_block.items() if name.startswith(f"{path}.")), displaced.get(name))
+        if place is None:
+            passed = max((end for path, end in ends.items() if order[path] < order[name.rpartition(".")[0]]), default=0)
+            place = len(groups) - 1 if passed == len(groups) - 2 else passed
+        groups[place].parameters[name] = parameter
+    return groups
+
+
+def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The outermost lists of blocks by their paths."""
+    stacks: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        inner = any(path.startswith(f"{outer}.") for outer in stacks)
+        if isinstance(module, nn.ModuleList) and len(module) and not inner:
+            stacks[path] = module
+    sides = [path.rpartition(".")[0].rpartition(".")[2] for path in stacks]
+    if len(stacks) == 1 or sides == ["encoder", "decoder"]:
+        return stacks
+    found = f"several lists of blocks ({', '.join(stacks)})" if stacks else "no ModuleList of blocks"
+    raise FreezingError(
+        f"{type(model).__name__} can't be read layer by layer, it has {found}: "
+        "name what trains by parameter names or patterns, as in freeze(model, train=['*.bias', 'classifier.*'])."
+    )
+
+
+def _displaced(model: nn.Module, stacks: Mapping[str, nn.ModuleList]) -> dict[str, int]:
+    """Groups of the parameters whose place in the registration is not their place in the computation."""
+    places = {}
+    table, output = (getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output"))
+    outputs = {id(p) for p in output.parameters()} if output is not None else set()
+    if table is not None:  # where the two are tied, it is the embeddings
+        outputs -= {id(p) for p in table.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in outputs:
+            places[name] = 1 + sum(len(blocks) for blocks in stacks.values())
+        elif "embed" in name.lower():
+            places[name] = 0
+    # DeBERTa normalises its relative positions, and has a convolution beside the first block
+    parent = next(iter(stacks)).rpartition(".")[0]
+    if hasattr(model.get_submodule(parent), "rel_embeddings"):
+        for name, _ in model.named_parameters():
+            if name.startswith(f"{parent}.LayerNorm."):
+                places[name] = 0
+            elif name.startswith(f"{parent}.conv."):
+                places[name] = 1
+    return places
+
+
+def freeze(model: nn.Module, train: int | str | Sequence[str]) -> nn.Module:
+    """Let only some parameters train; ``fit`` runs what is wholly frozen in eval mode.
+
+    Args:
+        model: changed in place: ``requires_grad`` of every parameter is set.
+        train: what trains. A number: the last so many groups of ``layer_groups``, 1 for the head alone, 3 for the head
+            and two blocks. Or one or more names of groups or parameters, or patterns of them: "embeddings";
+            ["layer *", "head"] (all but the embeddings); ["*.bias", "head"] (BitFit, Ben Zaken et al., 2022).
+
+    Returns:
+        The model.
+
+    Raises:
+        FreezingError: a name or number that the model does not have.
+    """
+    if isinstance(train, int):
+        groups = layer_groups(model)
+        if not 1 <= train <= len(groups):
+            raise FreezingError(f"train={train}, but the model has {len(groups)} groups: give 1 to {len(groups)}.")
+        chosen = {id(p) for group in groups[-train:] for p in group.parameters.values()}
+    else:
+        chosen = _matching(model, [train] if isinstance(train, str) else train)
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+    return model
+
+
+def _matching(model: nn.Module, patterns: Sequence[str]) -> set[int]:
+    """Ids of the parameters that the patterns name."""
+    named = {name: [p] for name, p in model.named_parameters(remove_duplicate=False)}
+    with suppress(FreezingError):  # the names of parameters are then all there is to go by
+        named |= {group.name: list(group.parameters.values()) for group in layer_groups(model)}
+    chosen: set[int] = set()
+    for pattern in patterns:
+        found = [name for name in named if fnmatchcase(name, pattern)]
+        if not found:
+            near = difflib.get_close_matches(pattern, named, n=1, cutoff=0)
+            raise FreezingError(
+                f"The model has no group or parameter {pattern!r}; the nearest is {near[0]!r} ('*' matches anything)."
+            )
+        chosen |= {id(p) for name in found for p in named[name]}
+    return chosen
+
+
+class GradualUnfreezing(Callback):
+    """Train the last group first, and one more group after so many epochs (Howard and Ruder, 2018).
+
+    Whatever shall ever train must require a gradient before ``fit``, which builds its optimiser from that. When a run
+    ends early, the groups that it did not reach are left frozen. Give it after Checkpoint.
+
+    Args:
+        every: epochs before the next group is unfrozen.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        self.every = every
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Raises FreezingError: fewer than two groups train, or there are several processes."""
+        held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+        groups = [[p for p in group.parameters.values() if id(p) in held] for group in layer_groups(run.model)]
+        self._from_top = [parameters for parameters in reversed(groups) if parameters]
+        if len(self._from_top) < 2:
+            raise FreezingError(
+                "GradualUnfreezing has nothing to unfreeze, for only one group trains: "
+                "let all that shall ever train require a gradient before fit, as with freeze(model, train=4)."
+            )
+        if PartialState().num_processes > 1:
+            raise FreezingError("GradualUnfreezing needs one process, for others would wait for frozen gradients.")
+        self.on_epoch(run)
+
+    def on_epoch(self, run: TrainingRun) -> None:
+        unfrozen = 1 + len(run.history.epochs) // self.every
+        for depth, parameters in enumerate(self._from_top):
+            for parameter in parameters:
+                parameter.requires_grad_(depth < unfrozen)
+                parameter.grad = None  # with a gradient of zero AdamW's moments would still move a frozen weight
+
+
+def layer_rates(model: nn.Module, lr: float, factor: float) -> dict[str, float]:
+    """The rate of each group by its name: lr * factor^(L - l), the head (l = L) at the full rate.
+
+    Discriminative rates (Howard and Ruder, 2018) have factor 1 / 2.6; layer-wise decay often has 0.9.
+
+    Raises:
+        FreezingError: the factor is not in (0, 1].
+    """
+    if not 0 < factor <= 1:
+        raise FreezingError(f"A factor of {factor} does not slow lower layers: give one above 0, up to 1.")
+    groups = layer_groups(model)
+    return {group.name: lr * factor ** (len(groups) - 1 - place) for place, group in enumerate(groups)}
+
+
+class LayerwiseRates(Callback):
+    """Train lower groups more slowly, at the rates of ``layer_rates``; weight decay stays as it is.
+
+    Give it before Checkpoint, which restores the optimiser by its groups.
+
+    Args:
+        factor: a group's rate over that of the next higher one, in (0, 1].
+    """
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def on_start(self, run: TrainingRun) -> None:
+        rates = layer_rates(run.model, run.settings.lr, self.factor)
+        rate_of = {id(p): rates[group.name] for group in layer_groups(run.model) for p in group.parameters.values()}
+        split = []
+        for options in run.optimizer.param_groups:
+            for rate in sorted(set(rates.values()), reverse=True):
+                parameters = [p for p in options["params"] if rate_of[id(p)] == rate]
+                split += [{**options, "params": parameters, "initial_lr": rate}] if parameters else []
+        run.optimizer.param_groups[:] = split
+        self._rates = [options["initial_lr"] for options in split]
+
+    def on_step(self, run: TrainingRun) -> None:
+        """Raises FreezingError: a checkpoint brought other rates."""
+        if [options["initial_lr"] for options in run.optimizer.param_groups] != self._rates:
+            raise FreezingError(
+                f"The checkpoint is of a run with other rates than those of factor={self.factor:g}: "
+                "use the factor it was begun with, or another file."
+            )
+
+
+def group_table(model: nn.Module, rates: Mapping[str, float] | float | None = None) -> pd.DataFrame:
+    """A row a group and one for all: parameters, how many train, their share, and the peak learning rate.
+
+    Args:
+        rates: by group, as ``layer_rates`` gives them, or one for all groups; None leaves the column out.
+    """
+    groups = layer_groups(model)
+    rows = []
+    for group in groups:
+        parameters = group.parameters.values()
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        row = {"group": group.name, "parameters": sum(p.numel() for p in parameters), "trainable": trainable}
+        if rates is not None:
+            rate = rates[group.name] if isinstance(rates, Mapping) else rates
+            row["learning rate"] = rate if row["trainable"] else float("nan")
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    total = {"group": "all", "parameters": table["parameters"].sum(), "trainable": table["trainable"].sum()}
+    table = pd.concat([table, pd.DataFrame([total])], ignore_index=True)
+    table.insert(3, "share", table["trainable"] / table["parameters"].clip(lower=1))
+    return table.set_index("group")
