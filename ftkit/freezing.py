@@ -135,7 +135,7 @@ def freeze(model: nn.Module, train: int | str | Sequence[str]) -> nn.Module:
         model: changed in place: ``requires_grad`` of every parameter is set.
         train: what trains. A number: the last so many groups of ``layer_groups``, 1 for the head alone, 3 for the head
             and two blocks. Or one or more names of groups or parameters, or patterns of them: "embeddings";
-            ["layer *", "head"] (all but the embeddings); ["*.bias", "head"] (BitFit, Ben Zaken et al., 2022).
+            ["layer *", "head"] (all but the embeddings); ["*.bias", "classifier.*"].
 
     Returns:
         The model.
@@ -173,17 +173,22 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> set[int]:
 
 
 class GradualUnfreezing(Callback):
-    """Train the last group first, and one more group after so many epochs (Howard and Ruder, 2018).
+    """Train the last group first, and with each epoch the next one below it too (Howard and Ruder, 2018).
 
     Whatever shall ever train must require a gradient before ``fit``, which builds its optimiser from that. When a run
     ends early, the groups that it did not reach are left frozen. Give it after Checkpoint.
 
     Args:
-        every: epochs before the next group is unfrozen.
+        groups: of ``layer_groups``, how many each epoch adds, the first one included.
+
+    Raises:
+        FreezingError: no group would ever train.
     """
 
-    def __init__(self, every: int = 1) -> None:
-        self.every = every
+    def __init__(self, groups: int = 1) -> None:
+        if groups < 1:
+            raise FreezingError(f"groups={groups} would never train anything: give 1 or more groups an epoch.")
+        self.groups = groups
 
     def on_start(self, run: TrainingRun) -> None:
         """Raises FreezingError: fewer than two groups train, or there are several processes."""
@@ -200,7 +205,7 @@ class GradualUnfreezing(Callback):
         self.on_epoch(run)
 
     def on_epoch(self, run: TrainingRun) -> None:
-        unfrozen = 1 + len(run.history.epochs) // self.every
+        unfrozen = self.groups * (1 + len(run.history.epochs))
         for depth, parameters in enumerate(self._from_top):
             for parameter in parameters:
                 parameter.requires_grad_(depth < unfrozen)

@@ -1,14 +1,15 @@
 """LoRA, IA3 and BitFit: held to their equations, to the formulas of their sizes, and to plain peft."""
 
+import copy
 import json
 import math
 import warnings
 
 import pytest
 import torch
-from architectures import CLASSES, FAMILIES, LAYERS, WIDTH, disturb, make_classifier, make_config, make_inputs
 from conftest import make_rows, make_tiny_bert
 from peft import PeftModel
+from tiny_models import CLASSES, CONFIGS, FAMILIES, INNER, LAYERS, WIDTH, disturb, make_inputs, make_tiny
 from transformers import (
     AutoModelForSequenceClassification,
     BertForMaskedLM,
@@ -54,7 +55,7 @@ def trainable(model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_finds_query_and_value_and_trains_them_with_the_head_and_nothing_else(family):
-    model = make_classifier(family)
+    model = make_tiny(family)
     before = logits(model, family)
     adapted = add_lora(model, rank=2)
     attentions, sizes = DEFAULTS[family]
@@ -69,7 +70,7 @@ def test_lora_finds_query_and_value_and_trains_them_with_the_head_and_nothing_el
 
 
 def test_lora_at_its_start_is_the_base_to_the_bit():
-    model = make_classifier("bert")
+    model = make_tiny("bert")
     before = logits(model)
     adapted = add_lora(model, rank=4)
     assert torch.equal(logits(adapted), before)
@@ -83,7 +84,7 @@ def test_lora_at_its_start_is_the_base_to_the_bit():
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 6 / 4), (True, 6 / math.sqrt(4))])
 @pytest.mark.parametrize(("family", "layer"), [("bert", "query"), ("gpt2", "c_attn")])
 def test_a_lora_layer_computes_its_equation(family, layer, rslora, scale):
-    adapted = add_lora(make_classifier(family), rank=4, alpha=6, rslora=rslora)
+    adapted = add_lora(make_tiny(family), rank=4, alpha=6, rslora=rslora)
     disturb(adapted)
     adapted = adapted.double()
     module = next(module for name, module in adapted.named_modules() if name.endswith(f".{layer}"))
@@ -95,11 +96,11 @@ def test_a_lora_layer_computes_its_equation(family, layer, rslora, scale):
 
 
 def test_the_seed_gives_the_start_and_leaves_the_global_chance():
-    one, same, other = (trainable(add_lora(make_classifier("bert"), seed=seed)) for seed in (1, 1, 2))
+    one, same, other = (trainable(add_lora(make_tiny("bert"), seed=seed)) for seed in (1, 1, 2))
     name = next(name for name in one if "lora_A" in name)
     assert torch.equal(one[name], same[name])
     assert not torch.equal(one[name], other[name])
-    model = make_classifier("bert")
+    model = make_tiny("bert")
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -118,25 +119,25 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_and_reloaded_models_give_the_same_logits(family, method, tmp_path):
-    before = logits(make_classifier(family), family)
+    before = logits(make_tiny(family), family)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        adapted = METHODS[method](make_classifier(family))
+        adapted = METHODS[method](make_tiny(family))
     torch.testing.assert_close(logits(adapted, family), before, rtol=0, atol=1e-5)
     disturb(adapted)
     after = logits(adapted, family)
     assert (after - before).abs().max() > 1e-2
 
     merged = merge(adapted)
-    assert type(merged) is type(make_classifier(family))
-    assert merged.state_dict().keys() == make_classifier(family).state_dict().keys()
+    assert type(merged) is type(make_tiny(family))
+    assert merged.state_dict().keys() == make_tiny(family).state_dict().keys()
     torch.testing.assert_close(logits(merged, family), after, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(adapted, family), after, rtol=0, atol=1e-6)  # it was not touched
 
     folder = save_adapter(adapted, tmp_path / "adapter")
-    plain = PeftModel.from_pretrained(make_classifier(family), folder)
+    plain = PeftModel.from_pretrained(make_tiny(family), folder)
     torch.testing.assert_close(logits(plain, family), after, rtol=0, atol=1e-6)
-    loaded = load_adapter(make_classifier(family), folder)
+    loaded = load_adapter(make_tiny(family), folder)
     torch.testing.assert_close(logits(loaded, family), after, rtol=0, atol=1e-6)
     assert trainable(loaded).keys() == trainable(adapted).keys()
     for name, parameter in trainable(loaded).items():
@@ -144,7 +145,7 @@ def test_merged_and_reloaded_models_give_the_same_logits(family, method, tmp_pat
 
 
 def test_a_merged_model_is_saved_and_loaded_by_plain_transformers(tmp_path):
-    adapted = add_lora(make_classifier("bert"))
+    adapted = add_lora(make_tiny("bert"))
     disturb(adapted)
     merge(adapted).save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
@@ -152,31 +153,36 @@ def test_a_merged_model_is_saved_and_loaded_by_plain_transformers(tmp_path):
 
 
 def test_all_linear_is_every_layer_below_the_head():
-    adapted = add_lora(make_classifier("bert"), rank=2, targets="all-linear")
-    block = 4 * 2 * 2 * WIDTH + 2 * 2 * (WIDTH + 24)
+    adapted = add_lora(make_tiny("bert"), rank=2, targets="all-linear")
+    block = 4 * 2 * 2 * WIDTH + 2 * 2 * (WIDTH + INNER)
     assert count_parameters(adapted)[0] == LAYERS * block + 2 * 2 * WIDTH + HEADS["bert"]  # and the pooler
 
 
 def test_explicit_targets_are_taken_whole_or_by_their_end():
     adapted = add_lora(
-        make_classifier("bert"), rank=3, targets=["attention.output.dense", "bert.encoder.layer.1.output.dense"]
+        make_tiny("bert"), rank=3, targets=["attention.output.dense", "bert.encoder.layer.1.output.dense"]
     )
-    assert count_parameters(adapted)[0] == LAYERS * 3 * 2 * WIDTH + 3 * (24 + WIDTH) + HEADS["bert"]
+    assert count_parameters(adapted)[0] == LAYERS * 3 * 2 * WIDTH + 3 * (INNER + WIDTH) + HEADS["bert"]
 
 
 @pytest.mark.parametrize(
     ("family", "per_block"),
-    [("bert", 2 * WIDTH + 24), ("gpt2", 3 * WIDTH + 4 * WIDTH), ("modernbert", 3 * WIDTH + 24), ("llama", WIDTH + 24)],
+    [
+        ("bert", 2 * WIDTH + INNER),
+        ("gpt2", 3 * WIDTH + 4 * WIDTH),
+        ("modernbert", 3 * WIDTH + INNER),
+        ("llama", WIDTH + INNER),
+    ],
 )
 def test_ia3_has_a_vector_for_keys_values_and_inner_activations(family, per_block):
-    adapted = add_ia3(make_classifier(family))
+    adapted = add_ia3(make_tiny(family))
     assert count_parameters(adapted)[0] == LAYERS * per_block + HEADS[family]
     vectors = [p for name, p in trainable(adapted).items() if "ia3_l" in name]
     assert all(torch.equal(vector, torch.ones_like(vector)) for vector in vectors)
 
 
 def test_adapters_on_one_base_have_heads_of_their_own_and_are_switched_by_name(tmp_path):
-    base = make_classifier("bert")
+    base = make_tiny("bert")
     before = logits(base)
     model = add_lora(base, name="one")
     disturb(model)
@@ -195,7 +201,7 @@ def test_adapters_on_one_base_have_heads_of_their_own_and_are_switched_by_name(t
     first = save_adapter(model, tmp_path)
     model.set_adapter("two")
     second = save_adapter(model, tmp_path)
-    loaded = load_adapter(load_adapter(make_classifier("bert"), first, name="a"), second, name="b")
+    loaded = load_adapter(load_adapter(make_tiny("bert"), first, name="a"), second, name="b")
     torch.testing.assert_close(logits(loaded), two, rtol=0, atol=1e-6)
     loaded.set_adapter("a")
     torch.testing.assert_close(logits(loaded), one, rtol=0, atol=1e-6)
@@ -235,7 +241,7 @@ def test_the_saved_folder_is_small_and_names_the_classes(tmp_path):
         load_adapter(make_tiny_bert(num_labels=4), folder)
     with pytest.raises(ValueError, match="no saved adapter"):
         load_adapter(make_tiny_bert(), tmp_path)
-    wide = make_config("bert")
+    wide = copy.deepcopy(CONFIGS["bert"])
     wide.num_labels = 2
     with pytest.raises(ValueError, match="does not fit BertForSequenceClassification") as caught:
         load_adapter(AutoModelForSequenceClassification.from_config(wide), folder)
@@ -248,7 +254,7 @@ def test_the_saved_folder_is_small_and_names_the_classes(tmp_path):
 def test_a_language_model_keeps_its_output_layer_frozen(kind, family, tmp_path):
     def make():
         torch.manual_seed(0)
-        return kind(make_config(family)).eval()
+        return kind(copy.deepcopy(CONFIGS[family])).eval()
 
     inputs = make_inputs(family)
     if family == "t5":
@@ -280,20 +286,20 @@ def test_a_language_model_keeps_its_output_layer_frozen(kind, family, tmp_path):
     ],
 )
 def test_what_can_not_be_is_refused_in_one_line(options, said):
-    model = make_classifier("bert")
+    model = make_tiny("bert")
     with pytest.raises(ValueError, match=said) as caught:
         add_lora(model, **options)
     assert "\n" not in str(caught.value)
     assert len(trainable(model)) == len(list(model.parameters()))  # and the model is as it was
 
 
-BIASES = {"bert": LAYERS * (4 * WIDTH + 24 + 3 * WIDTH) + 2 * WIDTH, "qwen2": LAYERS * 2 * WIDTH,
+BIASES = {"bert": LAYERS * (4 * WIDTH + INNER + 3 * WIDTH) + 2 * WIDTH, "qwen2": LAYERS * 2 * WIDTH,
           "gpt2": LAYERS * (3 + 1 + 4 + 1 + 2) * WIDTH + WIDTH}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", BIASES)
 def test_bitfit_trains_the_biases_and_the_head(family):
-    model = bitfit(make_classifier(family))
+    model = bitfit(make_tiny(family))
     assert count_parameters(model)[0] == BIASES[family] + HEADS[family]
 
 
@@ -310,4 +316,4 @@ def test_bitfit_moves_what_it_trains_and_nothing_else():
 @pytest.mark.parametrize("family", ["llama", "t5", "modernbert"])
 def test_bitfit_refuses_a_model_without_biases(family):
     with pytest.raises(ValueError, match="has no biases below its head"):
-        bitfit(make_classifier(family))
+        bitfit(make_tiny(family))

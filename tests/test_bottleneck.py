@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from architectures import CLASSES, FAMILIES, LAYERS, WIDTH, disturb, make_classifier, make_inputs
 from conftest import make_tiny_bert
 from safetensors.torch import load_file
+from tiny_models import CLASSES, FAMILIES, INNER, LAYERS, WIDTH, disturb, make_inputs, make_tiny
 from torch.nn import functional as F
 from transformers import BloomConfig, BloomForSequenceClassification
 
@@ -60,9 +60,9 @@ def test_a_bottleneck_computes_its_equation_and_starts_as_the_identity(activatio
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_are_added_trained_saved_and_loaded(family, kind, tmp_path):
-    model = make_classifier(family)
+    model = make_tiny(family)
     before, plain = logits(model, family), copy.deepcopy(model)
-    assert add_adapters(model, 4, kind=kind) is model
+    assert add_adapters(model, 4, kind=kind, activation="gelu") is model  # whose units are never dead
     assert len(adapter_names(model)) == NUMBERS[family][kind]
     size = NUMBERS[family][kind] * (2 * WIDTH * 4 + 4 + WIDTH)
     layer_norms = norms(plain) - head_norms(plain) if kind == "houlsby" else 0
@@ -89,17 +89,17 @@ def test_adapters_are_added_trained_saved_and_loaded(family, kind, tmp_path):
 
 
 def test_adapters_at_their_start_are_the_base_to_the_bit():
-    model = make_classifier("bert")
+    model = make_tiny("bert")
     before = logits(model)
     assert torch.equal(logits(add_adapters(model, 4, kind="houlsby")), before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_stands_between_the_projection_and_the_residual(kind):
-    model = add_adapters(make_classifier("bert"), 4, kind=kind)
+    model = add_adapters(make_tiny("bert"), 4, kind=kind)
     disturb(model)
     output = model.bert.encoder.layer[0].output
-    inner, residual = torch.randn(2, 24), torch.randn(2, WIDTH)
+    inner, residual = torch.randn(2, INNER), torch.randn(2, WIDTH)
     dense = inner @ output.dense.weight.T + output.dense.bias
     adapter = output.dense.adapter
     adapted = dense + adapter.up(torch.relu(adapter.down(dense)))
@@ -109,7 +109,7 @@ def test_an_adapter_stands_between_the_projection_and_the_residual(kind):
 
 
 def test_a_copy_has_adapters_of_its_own():
-    model = add_adapters(make_classifier("bert"), 4)
+    model = add_adapters(make_tiny("bert"), 4)
     before, twin = logits(model), copy.deepcopy(model)
     disturb(twin)
     assert torch.equal(logits(model), before)
@@ -150,12 +150,12 @@ def test_the_file_is_small_names_the_classes_and_fits_its_own_base_alone(tmp_pat
     assert loaded.get_submodule(adapter_names(loaded)[0]).activation == "gelu"
     for other, said in [
         (make_tiny_bert(num_labels=3), r"2 classes \['bad', 'good'\], the model's head for 3"),
-        (make_classifier("roberta"), "of a BertForSequenceClassification, this is a RobertaForSequenceClassification"),
+        (make_tiny("roberta"), "of a BertForSequenceClassification, this is a RobertaForSequenceClassification"),
     ]:
         with pytest.raises(ValueError, match=said):
             load_adapters(other, tmp_path)
         assert not adapter_names(other)
-    narrow = make_classifier("bert")
+    narrow = make_tiny("bert")
     narrow.config.num_labels = 2
     with pytest.raises(ValueError, match="of a model with other layers"):
         load_adapters(narrow, tmp_path)
@@ -167,11 +167,11 @@ def test_the_file_is_small_names_the_classes_and_fits_its_own_base_alone(tmp_pat
 
 
 def test_the_seed_gives_the_start_and_leaves_the_global_chance():
-    one, same, other = (trainable(add_adapters(make_classifier("bert"), 4, seed=seed)) for seed in (1, 1, 2))
+    one, same, other = (trainable(add_adapters(make_tiny("bert"), 4, seed=seed)) for seed in (1, 1, 2))
     name = next(name for name in one if "down.weight" in name)
     assert torch.equal(one[name], same[name])
     assert not torch.equal(one[name], other[name])
-    model = make_classifier("bert")
+    model = make_tiny("bert")
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -190,7 +190,7 @@ def test_the_seed_gives_the_start_and_leaves_the_global_chance():
     ],
 )
 def test_what_can_not_be_is_refused_and_the_model_left_as_it_was(width, options, said):
-    model = make_classifier("bert")
+    model = make_tiny("bert")
     with pytest.raises(ValueError, match=said):
         add_adapters(model, width, **options)
     assert not adapter_names(model) and len(trainable(model)) == len(list(model.parameters()))
@@ -198,7 +198,7 @@ def test_what_can_not_be_is_refused_and_the_model_left_as_it_was(width, options,
 
 def test_adapters_are_not_added_twice_nor_to_what_can_not_be_read():
     with pytest.raises(ValueError, match="has bottleneck adapters already"):
-        add_adapters(add_adapters(make_classifier("bert"), 4), 4)
+        add_adapters(add_adapters(make_tiny("bert"), 4), 4)
     config = BloomConfig(vocab_size=60, hidden_size=16, n_layer=2, n_head=2, num_labels=CLASSES, pad_token_id=0)
     with pytest.raises(ValueError, match="The blocks of BloomForSequenceClassification can't be read") as caught:
         add_adapters(BloomForSequenceClassification(config), 4)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_rows, make_tiny_bert
-from tiny_models import CLASSIFIERS, OTHERS, make_tiny
+from tiny_models import FAMILIES, LANGUAGE_MODELS, make_tiny
 from torch import nn
 
 from ftkit.callbacks import Callback, Checkpoint, TrainingRun
@@ -33,7 +33,7 @@ def trained_names(model: nn.Module) -> set[str]:
 # Groups -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*CLASSIFIERS, *OTHERS])
+@pytest.mark.parametrize("name", [*FAMILIES, *LANGUAGE_MODELS])
 def test_every_parameter_is_in_exactly_one_group_in_order(name: str) -> None:
     model = make_tiny(name)
     groups = layer_groups(model)
@@ -169,7 +169,7 @@ def test_running_statistics_of_a_frozen_norm_are_still() -> None:
 # Gradual unfreezing -------------------------------------------------------------------------------------------
 
 
-def epochs_that_move(every: int, num_epochs: int, callbacks: list[Callback]) -> tuple[dict[str, list[int]], nn.Module]:
+def epochs_that_move(num_epochs: int, callbacks: list[Callback]) -> tuple[dict[str, list[int]], nn.Module]:
     """For each group the epochs (from 1) in which it changed."""
     model = make_tiny_bert()
     groups = {group.name: list(group.parameters.values()) for group in layer_groups(model)}
@@ -188,11 +188,11 @@ def epochs_that_move(every: int, num_epochs: int, callbacks: list[Callback]) -> 
     return moved, model
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_each_group_moves_from_its_epoch_on(every: int) -> None:
-    moved, _ = epochs_that_move(every, 4 * every, [GradualUnfreezing(every)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_each_group_moves_from_its_epoch_on(groups: int) -> None:
+    moved, _ = epochs_that_move(4, [GradualUnfreezing(groups)])
     for depth, name in enumerate(reversed(BERT_GROUPS)):
-        assert moved[name] == list(range(1 + depth * every, 4 * every + 1))
+        assert moved[name] == list(range(1 + depth // groups, 5))
 
 
 def test_unfreezing_what_the_optimiser_was_not_built_with_trains_nothing() -> None:
@@ -255,6 +255,8 @@ def test_gradual_unfreezing_keeps_to_what_trains_and_needs_two_groups() -> None:
     fit(model, rows, TrainSettings(num_epochs=3), callbacks=[GradualUnfreezing()])
     moved = {group_of(model, name) for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"layer 1", "head"}
+    with pytest.raises(FreezingError, match="groups=0"):
+        GradualUnfreezing(0)
     with pytest.raises(FreezingError, match="only one group trains"):
         fit(freeze(model, 1), rows, TrainSettings(num_epochs=2), callbacks=[GradualUnfreezing()])
 

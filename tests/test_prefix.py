@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_rows, make_tiny_bert
-from tiny_models import CLASSIFIERS, make_tiny
+from tiny_models import TEXT_CLASSIFIERS, WIDTH, disturb, make_tiny
 
 from ftkit.batching import make_batch
 from ftkit.callbacks import Callback, Checkpoint
@@ -19,21 +19,12 @@ def make_data() -> dict[str, list[dict[str, object]]]:
     return {"train": make_rows(45), "validation": make_rows(20, seed=1)}
 
 
-def perturb(model: torch.nn.Module) -> torch.nn.Module:
-    """Biases and norms too differ from 0 and 1, so that nothing that is left out goes unnoticed."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
 @pytest.mark.parametrize("train", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", TEXT_CLASSIFIERS)
 def test_logits_equal_the_uncached_ones(name: str, train: int) -> None:
     if name == "albert" and train > 2:
         pytest.skip("its one block is one group")
-    model, data = freeze(perturb(make_tiny(name)), train), make_data()
+    model, data = freeze(disturb(make_tiny(name)), train), make_data()
     rest, cached = cache_prefix(model, data, batch_size=7)
     for split, rows in data.items():
         assert cached[split].lengths.tolist() == [len(row["input_ids"]) for row in rows]
@@ -54,7 +45,7 @@ def test_training_the_rest_trains_the_whole_model_as_without_a_cache(name: str, 
         pytest.skip("its one block is one group")
 
     def prepare() -> torch.nn.Module:
-        model = freeze(perturb(make_tiny(name)), train)
+        model = freeze(disturb(make_tiny(name)), train)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -72,7 +63,8 @@ def test_training_the_rest_trains_the_whole_model_as_without_a_cache(name: str, 
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-4)
     assert history.trainable_parameters == expected.trainable_parameters
     for (key, a), (_, b) in zip(whole.state_dict().items(), ours.state_dict().items(), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=0, msg=key)
+        if not key.endswith(("key.bias", "key_proj.bias")):  # softmax cancels them: their gradient is rounding alone
+            torch.testing.assert_close(a, b, atol=2e-4, rtol=0, msg=key)
     result = evaluate(rest, cached["validation"])
     np.testing.assert_allclose(result.probabilities, evaluate(ours, data["validation"]).probabilities, atol=1e-5)
 
@@ -80,7 +72,7 @@ def test_training_the_rest_trains_the_whole_model_as_without_a_cache(name: str, 
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "deberta-v2", "gpt2", "llama", "qwen2"])
 def test_of_a_linear_probe_one_token_a_row_is_kept(name: str) -> None:
     _, cached = cache_prefix(freeze(make_tiny(name), 1), make_data())
-    assert {row["prefix_states"].shape for row in cached["train"]} == {(1, 32)}
+    assert {row["prefix_states"].shape for row in cached["train"]} == {(1, WIDTH)}
     assert {len(row["attention_mask"]) for row in cached["train"]} == {1}
 
 
@@ -120,7 +112,7 @@ def test_beyond_the_bound_activations_are_mapped_from_disk_and_the_files_go_with
     rest, on_disk = cache_prefix(model, data, max_memory_mib=0.01, folder=tmp_path)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     tokens = sum(len(row["input_ids"]) for rows in data.values() for row in rows)
-    assert sum(path.stat().st_size for path in files) == tokens * 32 * 4
+    assert sum(path.stat().st_size for path in files) == tokens * WIDTH * 4
     for split in data:
         for ours, theirs in zip(in_memory[split], on_disk[split], strict=True):
             np.testing.assert_array_equal(ours["prefix_states"], theirs["prefix_states"])

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from architectures import FAMILIES, WIDTH, disturb, make_classifier, make_inputs
 from conftest import make_rows, make_tiny_bert
+from tiny_models import FAMILIES, LAYERS, WIDTH, disturb, make_inputs, make_tiny
 from torch import nn
 
 from ftkit.adapterlayer import Bottleneck
@@ -28,7 +28,7 @@ def same(module, before):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_routed(family):
-    base, inputs = make_classifier(family), make_inputs(family)
+    base, inputs = make_tiny(family), make_inputs(family)
     with torch.no_grad():
         before = base(**inputs).logits
         router = TaskRouter(base, TASKS)
@@ -42,7 +42,7 @@ def test_every_family_can_be_routed(family):
 
 
 def test_a_task_computes_what_a_model_with_its_adapters_and_head_does():
-    base = make_classifier("bert")
+    base = make_tiny("bert")
     alone = add_adapters(copy.deepcopy(base), 6)
     router = TaskRouter(base, {"a": {"width": 6, "num_labels": 3}, "b": {"width": 6, "num_labels": 3}})
     disturb(router)
@@ -56,10 +56,10 @@ def test_a_task_computes_what_a_model_with_its_adapters_and_head_does():
 
 
 def test_all_that_trains_is_registered_and_counted_by_the_formula():
-    router = TaskRouter(make_classifier("bert"), TASKS)
+    router = TaskRouter(make_tiny("bert"), TASKS)
     trained = {name: p.numel() for name, p in router.named_parameters() if p.requires_grad}
     assert all(name.startswith(("adapters.", "heads.")) for name in trained)
-    sizes = {task: 2 * (2 * WIDTH * o["width"] + o["width"] + WIDTH) + (WIDTH + 1) * o["num_labels"]
+    sizes = {task: LAYERS * (2 * WIDTH * o["width"] + o["width"] + WIDTH) + (WIDTH + 1) * o["num_labels"]
              for task, o in TASKS.items()}  # fmt: skip
     for task, size in sizes.items():
         assert sum(number for name, number in trained.items() if f".{task}." in name) == size
@@ -87,7 +87,7 @@ def test_training_one_task_leaves_the_other_and_the_base_to_the_bit():
 
 
 def test_batches_of_tasks_in_turn_train_each_its_own():
-    router = TaskRouter(make_classifier("bert"), TASKS).train()
+    router = TaskRouter(make_tiny("bert"), TASKS).train()
     optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], lr=0.01)
     for task, other in [("topic", "sentiment"), ("sentiment", "topic")]:
         own, kept, base = weights(router.heads[task]), weights(router.heads[other]), weights(router.base)
@@ -128,9 +128,9 @@ def test_adapters_in_a_plain_dict_train_nothing():
 
 
 def test_a_router_is_saved_and_copied_as_a_whole():
-    router = TaskRouter(make_classifier("bert"), TASKS)
+    router = TaskRouter(make_tiny("bert"), TASKS)
     disturb(router)
-    other = TaskRouter(make_classifier("bert"), TASKS, seed=1)
+    other = TaskRouter(make_tiny("bert"), TASKS, seed=1)
     other.load_state_dict(router.state_dict())
     inputs = make_inputs("bert")
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_a_router_is_saved_and_copied_as_a_whole():
 
 
 def test_a_failed_pass_leaves_the_base_as_it_was():
-    router = TaskRouter(make_classifier("bert"), TASKS)
+    router = TaskRouter(make_tiny("bert"), TASKS)
     inputs = make_inputs("bert")
     disturb(router)
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_a_failed_pass_leaves_the_base_as_it_was():
 
 
 def test_a_view_of_a_task_knows_its_classes_and_mode():
-    router = TaskRouter(make_classifier("bert"), TASKS)
+    router = TaskRouter(make_tiny("bert"), TASKS)
     assert router.for_task("topic").config.num_labels == 4 and router.base.config.num_labels == 3
     assert not router.for_task("topic").training
     assert router.train().for_task("topic").training
@@ -173,16 +173,16 @@ def test_a_view_of_a_task_knows_its_classes_and_mode():
 )
 def test_tasks_that_can_not_be_are_refused(tasks, said):
     with pytest.raises(ValueError, match=said):
-        TaskRouter(make_classifier("bert"), tasks)
+        TaskRouter(make_tiny("bert"), tasks)
 
 
 def test_what_can_not_be_routed_is_refused():
-    router = TaskRouter(make_classifier("bert"), TASKS)
+    router = TaskRouter(make_tiny("bert"), TASKS)
     with pytest.raises(ValueError, match="no task 'topics': choose from sentiment, topic"):
         router("topics", **make_inputs("bert"))
     with pytest.raises(ValueError, match="takes no labels"):
         router("topic", **make_inputs("bert"), labels=torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="without adapters"):
-        TaskRouter(add_adapters(make_classifier("bert"), 4), TASKS)
+        TaskRouter(add_adapters(make_tiny("bert"), 4), TASKS)
     with pytest.raises(ValueError, match="BertModel has no classification head"):
-        TaskRouter(make_classifier("bert").bert, TASKS)
+        TaskRouter(make_tiny("bert").bert, TASKS)

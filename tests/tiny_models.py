@@ -1,48 +1,79 @@
-"""Tiny random networks of the families that ftkit reads layer by layer."""
+"""Tiny random networks of the families that ftkit reads layer by layer, and a batch for each."""
+
+import copy
 
 import torch
 import transformers as t
+from torch import Tensor
 
-SIZES = {
-    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_labels": 3,
+VOCABULARY, WIDTH, INNER, LAYERS, CLASSES = 60, 16, 24, 3, 3
+
+_SHARED = {"num_labels": CLASSES, "initializer_range": 0.3}  # wide enough for each weight to show in the logits
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_BODY = {
+    "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": INNER, **_SHARED,
 }  # fmt: skip
-DEBERTA = {
+_TEXT = {**_BODY, "vocab_size": VOCABULARY, "max_position_embeddings": 64, **_TOKENS}
+_DEBERTA = {
     "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "norm_rel_ebd": "layer_norm", "share_att_key": True,
     "position_biased_input": False, "position_buckets": 8, "conv_kernel_size": 3, "type_vocab_size": 0,
 }  # fmt: skip
-GPT2 = {
-    "vocab_size": 60, "n_embd": 32, "n_layer": 3, "n_head": 2, "n_positions": 64, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "num_labels": 3,
+_DISTIL = {"vocab_size": VOCABULARY, "dim": WIDTH, "n_layers": LAYERS, "n_heads": 2, "hidden_dim": INNER, **_SHARED}
+_GPT2 = {
+    "vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 2, "n_positions": 64, **_SHARED, **_TOKENS,
 }  # fmt: skip
-T5 = {"vocab_size": 60, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 3, "num_heads": 2, "num_labels": 3}
-DISTIL = {"vocab_size": 60, "dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 48, "num_labels": 3}
-VIT = {key: SIZES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+_T5 = {
+    "vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 8, "d_ff": INNER, "num_layers": LAYERS, "num_heads": 2,
+    "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2, "num_labels": CLASSES,
+}  # fmt: skip
 
-CLASSIFIERS = {
-    "bert": lambda: t.BertForSequenceClassification(t.BertConfig(**SIZES)),
-    "roberta": lambda: t.RobertaForSequenceClassification(t.RobertaConfig(**SIZES)),
-    "electra": lambda: t.ElectraForSequenceClassification(t.ElectraConfig(**SIZES, embedding_size=16)),
-    "distilbert": lambda: t.DistilBertForSequenceClassification(t.DistilBertConfig(**DISTIL)),
-    "deberta-v2": lambda: t.DebertaV2ForSequenceClassification(t.DebertaV2Config(**SIZES, **DEBERTA)),
-    "modernbert": lambda: t.ModernBertForSequenceClassification(
-        t.ModernBertConfig(**SIZES, cls_token_id=1, sep_token_id=2, classifier_pooling="mean")
-    ),
-    "albert": lambda: t.AlbertForSequenceClassification(t.AlbertConfig(**SIZES, embedding_size=16)),
-    "gpt2": lambda: t.GPT2ForSequenceClassification(t.GPT2Config(**GPT2)),
-    "llama": lambda: t.LlamaForSequenceClassification(t.LlamaConfig(**SIZES)),
-    "qwen2": lambda: t.Qwen2ForSequenceClassification(t.Qwen2Config(**SIZES, num_key_value_heads=2)),
+CONFIGS = {
+    "bert": t.BertConfig(**_TEXT),
+    "roberta": t.RobertaConfig(**_TEXT),
+    "electra": t.ElectraConfig(**_TEXT, embedding_size=8),
+    "distilbert": t.DistilBertConfig(**_DISTIL),
+    "deberta-v2": t.DebertaV2Config(**_TEXT, **_DEBERTA),
+    "modernbert": t.ModernBertConfig(**_TEXT, cls_token_id=1, sep_token_id=2, classifier_pooling="mean"),
+    "albert": t.AlbertConfig(**_TEXT, embedding_size=8),
+    "gpt2": t.GPT2Config(**_GPT2),
+    "llama": t.LlamaConfig(**_TEXT, num_key_value_heads=1),
+    "qwen2": t.Qwen2Config(**_TEXT, num_key_value_heads=1),
+    "t5": t.T5Config(**_T5),
+    "vit": t.ViTConfig(**_BODY, image_size=8, patch_size=4),
 }
-OTHERS = {
-    "t5": lambda: t.T5ForSequenceClassification(t.T5Config(**T5)),
-    "t5 seq2seq": lambda: t.T5ForConditionalGeneration(t.T5Config(**T5, tie_word_embeddings=True)),
-    "gpt2 lm": lambda: t.GPT2LMHeadModel(t.GPT2Config(**GPT2)),
-    "bert mlm": lambda: t.BertForMaskedLM(t.BertConfig(**SIZES)),
-    "llama lm": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES)),
-    "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**VIT, image_size=16, patch_size=8)),
+FAMILIES = list(CONFIGS)
+TEXT_CLASSIFIERS = [name for name in FAMILIES if name not in ("t5", "vit")]  # of one stack of layers
+LANGUAGE_MODELS = {
+    "t5 seq2seq": lambda: t.T5ForConditionalGeneration(t.T5Config(**_T5, tie_word_embeddings=True)),
+    "gpt2 lm": lambda: t.GPT2LMHeadModel(copy.deepcopy(CONFIGS["gpt2"])),
+    "bert mlm": lambda: t.BertForMaskedLM(copy.deepcopy(CONFIGS["bert"])),
+    "llama lm": lambda: t.LlamaForCausalLM(copy.deepcopy(CONFIGS["llama"])),
 }
 
 
 def make_tiny(name: str, seed: int = 0) -> t.PreTrainedModel:
+    """A random classifier of a family, or one of the language models, in eval mode."""
     torch.manual_seed(seed)
-    return (CLASSIFIERS | OTHERS)[name]().eval()
+    if name in LANGUAGE_MODELS:
+        return LANGUAGE_MODELS[name]().eval()
+    kind = t.AutoModelForImageClassification if name == "vit" else t.AutoModelForSequenceClassification
+    return kind.from_config(copy.deepcopy(CONFIGS[name])).eval()
+
+
+def make_inputs(family: str) -> dict[str, Tensor]:
+    chance = torch.Generator().manual_seed(1)
+    if family == "vit":
+        return {"pixel_values": torch.randn(3, 3, 8, 8, generator=chance)}
+    ids = torch.randint(3, VOCABULARY, (3, 7), generator=chance)
+    ids[:, -1] = 2  # T5 classifies from the token that ends a sequence
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.no_grad()
+def disturb(model: torch.nn.Module) -> torch.nn.Module:
+    """Move every weight that trains, as training would."""
+    chance = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=chance))
+    return model
