@@ -168,6 +168,56 @@ def study(
     return Figure(drawn, f"{score.capitalize()} by {xlabel}, mean over seeds. {told}.", table)
 
 
+def studies(summaries: Mapping[str, pd.DataFrame], *, xlabel: str) -> Figure:
+    """A recorded study of several methods: score by the values of one parameter, a line each, on a logarithmic axis.
+
+    Args:
+        summaries: by method, from ``Study.summary``.
+        xlabel: name and unit of the parameter.
+    """
+    score = str(next(iter(summaries.values())).columns.name or "score").replace("_", " ")
+    values = sorted({value for summary in summaries.values() for value in summary.index})
+    with plt.rc_context(STYLE):
+        drawn, ax = plt.subplots(figsize=(7.5, 4))
+        for i, (name, summary) in enumerate(summaries.items()):
+            x = summary.index * 1.03 ** (i - len(summaries) / 2)  # side by side, or bars would hide one another
+            arms = _arms(summary["mean"], summary["low"], summary["high"])
+            colour, marker = COLOURS[i % len(COLOURS)], "osD^v<>"[i % 7]
+            label = name.replace("_", " ")
+            ax.errorbar(x, summary["mean"], yerr=arms, fmt=f"{marker}-", color=colour, capsize=2, lw=1.2, label=label)
+        ax.set(xscale="log", xlabel=xlabel, ylabel=f"{score}\n(mean over seeds, 95 % interval)")
+        ax.set_xticks(values, [f"{value:g}" for value in values])
+        ax.minorticks_off()
+        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    told = [
+        f"{name.replace('_', ' ')}: {', '.join(f'{value:g} {mean:.2f}' for value, mean in summary['mean'].items())}"
+        for name, summary in summaries.items()
+    ]
+    table = pd.concat(summaries, names=["method"])[["mean", "low", "high", "seeds"]]
+    return Figure(drawn, f"{score.capitalize()} by {xlabel}, mean over seeds. {'; '.join(told)}.", table)
+
+
+def tradeoff(points: pd.DataFrame, *, xlabel: str) -> Figure:
+    """Accuracy of each method, with its interval, against what it costs, on a logarithmic axis.
+
+    Args:
+        points: by method: cost, accuracy, low and high.
+        xlabel: what the cost is, with its unit.
+    """
+    with plt.rc_context(STYLE):
+        drawn, ax = plt.subplots(figsize=(7, 4))
+        for i, (name, point) in enumerate(points.iterrows()):
+            arms = _arms([point["accuracy"]], [point["low"]], [point["high"]])
+            colour = COLOURS[i % len(COLOURS)]
+            ax.errorbar(point["cost"], point["accuracy"], yerr=arms, fmt="o", color=colour, capsize=4, markersize=7)
+            spot = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": 9, "color": colour}
+            ax.annotate(str(name).replace("_", " "), (point["cost"], point["accuracy"]), **spot)
+        ax.set(xscale="log", xlabel=xlabel, ylabel="accuracy on the test rows\n(mean over seeds, 95 % interval)")
+        ax.margins(x=0.15)
+    told = ", ".join(f"{n} {p['accuracy']:.2f} at {p['cost']:.3g}".replace("_", " ") for n, p in points.iterrows())
+    return Figure(drawn, f"Accuracy by {xlabel}: {told}.", points)
+
+
 def schedule(rates: Mapping[str, Sequence[float]]) -> Figure:
     """Learning rate by optimiser step, a line a schedule."""
     with plt.rc_context(STYLE):

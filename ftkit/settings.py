@@ -38,23 +38,55 @@ class TextSettings(NotebookSettings):
         return list(range(self.seed, self.seed + self.num_seeds))
 
 
-class FullFineTuning(TextSettings):
-    """Notebook 01."""
+class TrainedText(TextSettings):
+    """What the notebooks that train a network on texts share."""
 
-    NOTEBOOK: ClassVar = "01_full_fine_tuning"
-    PANEL: ClassVar = ("lr", "schedule", "warmup", "rows", "num_epochs", "batch_size", "keep_best", "seed", "num_seeds")
-
-    lr: float = setting("peak learning rate of full fine-tuning", 1e-4, gpu=3e-5, between=(1e-7, 1), log=True)
-    scratch_lr: float = setting("peak learning rate from random weights", 3e-4, gpu=1e-4, between=(1e-7, 1), log=True)
+    lr: float = setting("peak learning rate", 1e-4, gpu=3e-5, between=(1e-7, 1), log=True)
     schedule: Literal["linear", "cosine", "constant"] = setting("the rate after warm-up", "linear")
     warmup: float = setting("share of the steps over which the rate rises from 0", 0.1, between=(0, 0.9))
     num_epochs: int = setting("passes over the training rows", 2, smoke=1, gpu=3, between=(1, 100), unit="epochs")
     batch_size: int = setting("rows a step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
     keep_best: bool = setting("end with the weights of the epoch best on validation", True)
+
+
+class FullFineTuning(TrainedText):
+    """Notebook 01."""
+
+    NOTEBOOK: ClassVar = "01_full_fine_tuning"
+    PANEL: ClassVar = ("lr", "schedule", "warmup", "rows", "num_epochs", "batch_size", "keep_best", "seed", "num_seeds")
+
+    scratch_lr: float = setting("peak learning rate from random weights", 3e-4, gpu=1e-4, between=(1e-7, 1), log=True)
     live_rows: list[int] = setting("rows tried live beside the study", [200], smoke=[20], between=(2, 1_000_000))
     live_rates: list[float] = setting("rates tried live beside the study", [3e-4], between=(1e-7, 1))
     far_domains: list[Dataset] = setting(
         "sentiment data that a tuned sentiment model is tried on",
         ["product-sentiment", "editorial-sentiment", "tweet-sentiment"],
         smoke=["product-sentiment"],
+    )
+
+
+class Freezing(TrainedText):
+    """Notebook 02."""
+
+    NOTEBOOK: ClassVar = "02_freezing"
+    PANEL: ClassVar = (
+        "method", "lr", "groups", "decay", "schedule", "warmup", "rows", "num_epochs", "batch_size", "keep_best",
+        "seed", "num_seeds",
+    )  # fmt: skip
+
+    rows: int = setting(
+        "training rows of each seed", 400, smoke=64, gpu=4000, between=(2, 1_000_000), unit="rows", log=True
+    )
+    seed: int = setting("the first seed; the record has 0 to 4", 5, between=(0, 1_000_000))
+    lr: float = setting("peak learning rate of the panel's runs", 3e-4, gpu=1e-4, between=(1e-7, 1), log=True)
+    num_epochs: int = setting("passes over the training rows", 4, smoke=2, between=(1, 100), unit="epochs")
+    method: Literal["linear_probe", "last_1", "last_2", "last_4", "full", "gradual", "llrd"] = setting(
+        "what the panel trains", "last_2"
+    )
+    groups: int = setting(
+        "layer groups that gradual unfreezing adds each epoch", 2, smoke=4, between=(1, 100), unit="groups"
+    )
+    decay: float = setting("llrd: a layer's rate over that of the layer above it", 0.7, between=(0.05, 1))
+    lr_scale: float = setting(
+        "factor on each method's best rate on record", 1.0, gpu=0.3, between=(0.001, 100), log=True
     )
