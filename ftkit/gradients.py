@@ -36,9 +36,11 @@ def accumulate_gradients(
     mine = group[accelerator.process_index :: accelerator.num_processes]
     idle = not mine  # an epoch's last step may not have a batch for every process: this one then adds nothing
     batches = [make_batch(run.model, run.data["train"], rows, accelerator.device) for rows in mine or group[:1]]
-    weights = torch.stack([_weight(batch["labels"], class_weights) for batch in batches])
-    total_weight = accelerator.reduce(weights.sum() * (not idle), "sum")
     total_rows = sum(len(rows) for rows in group)
+    total_weight: float | Tensor = total_rows
+    if class_weights is not None:
+        weights = torch.stack([class_weights[batch["labels"]].sum() for batch in batches])
+        total_weight = accelerator.reduce(weights.sum() * (not idle), "sum")
     mean_loss = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(batches):
         with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(wrapped):
@@ -57,11 +59,6 @@ def accumulate_gradients(
             mean_loss += loss.detach()
             accelerator.backward(loss * accelerator.num_processes)  # processes average their gradients
     return float(accelerator.reduce(mean_loss, "sum"))
-
-
-def _weight(labels: Tensor, class_weights: Tensor | None) -> Tensor:
-    """What a batch counts for in the mean loss: its rows, or the summed weights of their classes."""
-    return torch.tensor(float(len(labels))).to(labels.device) if class_weights is None else class_weights[labels].sum()
 
 
 def make_class_weights(setting: str | Sequence[float] | None, labels: Sequence[int], num_classes: int) -> Tensor | None:

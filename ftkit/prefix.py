@@ -1,6 +1,5 @@
 """The frozen lowest layers of a network, computed once for every row instead of in every epoch."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,87 +14,9 @@ from transformers import PreTrainedModel
 from ftkit.batching import evaluation_batches, make_batch, row_lengths
 from ftkit.cachedrows import STATES, CachedRows, PrefixError, make_storage
 from ftkit.freezing import Group, layer_groups
+from ftkit.rest import Rest, frozen_body
 
 TOLERANCE = 1e-4  # of the logits, relative to the largest: float32 in another order of summation
-
-
-class Rest(nn.Module):
-    """The trainable layers above a cached prefix; its parameters are those of the whole model, so is what they learn.
-
-    Called with a batch of CachedRows, it gives what the whole model gives.
-    """
-
-    def __init__(self, model: nn.Module, prefix: Sequence[Group], above: Group, forms: Mapping[str, int]) -> None:
-        super().__init__()
-        # a copy of the structure alone: parameters and buffers are shared
-        shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-        self.model = copy.deepcopy(model, shared)
-        self.config = model.config
-        self._frozen = [p for group in prefix for p in group.parameters.values()]
-        self._states: Tensor | None = None
-        for path, outputs in forms.items():  # frozen and of no use: what they would give is replaced
-            module = self.model.get_submodule(path)
-            embedding = isinstance(module, nn.Embedding)
-            _replace(self.model, path, _NoEmbedding(module.weight) if embedding else _NoBlock(module, outputs))
-        if above.block is None:  # the head follows: what the last frozen block gives is what it reads
-            self.model.get_submodule(prefix[-1].block).register_forward_hook(self._give)
-        else:
-            self.model.get_submodule(above.block).register_forward_pre_hook(self._substitute, with_kwargs=True)
-
-    def forward(self, **batch: Tensor) -> Any:
-        """The whole model's output, with logits of shape (B, C).
-
-        Raises:
-            PrefixError: something below trains since.
-        """
-        if any(p.requires_grad for p in self._frozen):
-            raise PrefixError("Layers of the cached prefix train now: call cache_prefix anew or train the whole model.")
-        self._states = batch.pop(STATES).to(self.model.dtype)
-        try:
-            return self.model(**batch)
-        finally:
-            self._states = None
-
-    def _give(self, block: "_NoBlock", args: tuple, output: Any) -> Tensor | tuple:
-        return block.wrap(self._states)
-
-    def _substitute(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if self._states is None:  # a shared block is run several times, and only the first reads the prefix
-            return None
-        states, self._states = self._states, None
-        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
-
-
-class _NoEmbedding(nn.Module):
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.width, self.dtype = weight.shape[1], weight.dtype
-
-    def forward(self, ids: Tensor, *args: Any) -> Tensor:
-        return torch.zeros(*ids.shape, self.width, dtype=self.dtype, device=ids.device)
-
-
-class _NoBlock(nn.Module):
-    """Passes on what it is given, in the form of the block's output: a tensor (0) or a tuple of so many.
-
-    It keeps the block's plain attributes, some of which models read (which kind of attention it has).
-    """
-
-    def __init__(self, block: nn.Module, outputs: int) -> None:
-        super().__init__()
-        vars(self).update({name: value for name, value in vars(block).items() if name not in {*vars(self), "forward"}})
-        self.outputs = outputs
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple:
-        return self.wrap(hidden_states)
-
-    def wrap(self, hidden_states: Tensor) -> Tensor | tuple:
-        return (hidden_states, *[None] * (self.outputs - 1)) if self.outputs else hidden_states
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 def cache_prefix(
@@ -104,7 +25,7 @@ def cache_prefix(
     *,
     max_memory_mib: float = 1024,
     folder: str | Path | None = None,
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> tuple[Rest, dict[str, CachedRows]]:
     """Run the frozen lowest layers once over every row, so that training repeats only what trains.
 
@@ -153,7 +74,7 @@ def cache_prefix(
             cached[name] = CachedRows(columns, store, ends, lengths[name])
             for indices in evaluation_batches(lengths[name], batch_size):
                 states = _run_prefix(model, prefix, above, _batch(model, rows, indices)).float().cpu().numpy()
-                if states.shape[1] != lengths[name][indices].max():
+                if states.shape[1] not in (1, lengths[name][indices].max()):
                     raise PrefixError(
                         f"The prefix gives {states.shape[1]} positions for {lengths[name][indices].max()} tokens, "
                         "as with virtual tokens: train the whole model instead."
@@ -255,7 +176,14 @@ def _run_prefix(model: nn.Module, prefix: Sequence[Group], above: Group, batch: 
     def after(module: nn.Module, args: tuple, output: Any) -> None:
         found.append(output[0] if isinstance(output, tuple) else output)
 
-    if above.block is None:  # a shared block is run several times: its last output counts
+    def after_body(module: nn.Module, args: tuple, output: Any) -> None:
+        pooled = output.get("pooler_output")
+        found.append(output.last_hidden_state if pooled is None else pooled[:, None])
+
+    body = frozen_body(model)
+    if body is not None:
+        hook = body.register_forward_hook(after_body)
+    elif above.block is None:  # a shared block is run several times: its last output counts
         hook = model.get_submodule(prefix[-1].block).register_forward_hook(after)
     else:
         hook = model.get_submodule(above.block).register_forward_pre_hook(before, with_kwargs=True)

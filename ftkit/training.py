@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from ftkit.batching import evaluation_batches, make_batch, row_labels, row_lengths, training_batches
@@ -80,6 +80,8 @@ def fit(
     set_seed(settings.seed)
     wrapped = accelerator.prepare_model(model)
     optimizer = accelerator.prepare_optimizer(make_optimizer(model, settings))
+    # accelerate's step looks for a package on the disk each time; only its loss scaling is needed
+    take_step = optimizer.optimizer.step if accelerator.scaler is None else optimizer.step
     lengths = row_lengths(data["train"])
     class_weights = None
     if settings.class_weights is not None:  # only then are all labels read
@@ -112,8 +114,8 @@ def fit(
                         grad_norm = float(accelerator.clip_grad_norm_(trained, settings.max_grad_norm))
                         if accelerator.scaler is None:  # with fp16 an overflow is expected: that step is skipped
                             _require_finite("gradient norm", grad_norm, run, group)
-                        optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                        take_step()
+                    optimizer.optimizer.zero_grad(set_to_none=True)
                     run.step += 1
                     run.history.steps.append(
                         {"step": run.step, "loss": loss, "lr": settings.lr * rate, "grad_norm": grad_norm}
@@ -159,18 +161,19 @@ def evaluate(model: nn.Module, rows: Any, *, batch_size: int = 64) -> Evaluation
     modes = [(module, module.training) for module in model.modules()]  # frozen ones may differ from the rest
     model.eval()
     device = next(model.parameters()).device
-    logits: list[Tensor] = [torch.empty(0)] * len(rows)
+    order, logits, labels = [], [], []
     try:
         for indices in evaluation_batches(row_lengths(rows), batch_size):
             batch = make_batch(model, rows, indices, device)
-            del batch["labels"]
-            for i, row in zip(indices, model(**batch).logits.float().cpu(), strict=True):
-                logits[i] = row
+            labels.append(batch.pop("labels").cpu())
+            logits.append(model(**batch).logits.float().cpu())
+            order.append(torch.from_numpy(indices))
     finally:
         for module, training in modes:
             module.training = training
-    scores, labels = torch.stack(logits), torch.tensor(row_labels(rows))
-    return Evaluation(labels.numpy(), scores.double().softmax(-1).numpy(), F.cross_entropy(scores, labels).item())
+    given = torch.cat(order).argsort()
+    scores, targets = torch.cat(logits)[given], torch.cat(labels)[given]
+    return Evaluation(targets.numpy(), scores.double().softmax(-1).numpy(), F.cross_entropy(scores, targets).item())
 
 
 def lr_factor(step: int, total_steps: int, settings: TrainSettings) -> float:
