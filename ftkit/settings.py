@@ -79,12 +79,12 @@ class Freezing(TrainedText):
     )
     seed: int = setting("the first seed; the record has 0 to 4", 5, between=(0, 1_000_000))
     lr: float = setting("peak learning rate of the panel's runs", 3e-4, gpu=1e-4, between=(1e-7, 1), log=True)
-    num_epochs: int = setting("passes over the training rows", 4, smoke=2, between=(1, 100), unit="epochs")
+    num_epochs: int = setting("passes over the training rows", 3, smoke=2, between=(1, 100), unit="epochs")
     method: Literal["linear_probe", "last_1", "last_2", "last_4", "full", "gradual", "llrd"] = setting(
         "what the panel trains", "last_2"
     )
     groups: int = setting(
-        "layer groups that gradual unfreezing adds each epoch", 2, smoke=4, between=(1, 100), unit="groups"
+        "layer groups that gradual unfreezing adds each epoch", 3, smoke=4, between=(1, 100), unit="groups"
     )
     decay: float = setting("llrd: a layer's rate over that of the layer above it", 0.7, between=(0.05, 1))
     lr_scale: float = setting(
