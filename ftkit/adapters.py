@@ -4,8 +4,7 @@ import copy
 import difflib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ftkit import anatomy
+
+# peft 0.21 reads a property that transformers has renamed: nothing that a reader could mend
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 LABELS_FILE = "labels.json"  # beside peft's two files, which do not name the classes
 
@@ -163,8 +165,7 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, *, name
             model.set_adapter(name)
             loaded = model
         else:
-            with _quiet():
-                loaded = PeftModel.from_pretrained(model, folder, name, is_trainable=True)
+            loaded = PeftModel.from_pretrained(model, folder, name, is_trainable=True)
     except (RuntimeError, ValueError, SafetensorError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
@@ -254,14 +255,6 @@ def _is_conv1d(base: PreTrainedModel, names: Sequence[str]) -> bool:
     return any(isinstance(getattr(layer, "base_layer", layer), Conv1D) for layer in found)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide that peft reads a property which transformers has renamed: nothing that the reader could mend."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        yield
-
-
 def _require_free(model: PreTrainedModel | PeftModel, name: str) -> None:
     if not name or "." in name:
         raise ValueError(f"An adapter can't be called {name!r}: give a name without a dot.")
@@ -272,8 +265,7 @@ def _require_free(model: PreTrainedModel | PeftModel, name: str) -> None:
 def _add(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str) -> PeftModel:
     _require_free(model, name)
     if not isinstance(model, PeftModel):
-        with _quiet():
-            return get_peft_model(model, config, name)
+        return get_peft_model(model, config, name)
     model.add_adapter(name, config)
     model.set_adapter(name)
     return model

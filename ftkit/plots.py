@@ -218,6 +218,25 @@ def tradeoff(points: pd.DataFrame, *, xlabel: str) -> Figure:
     return Figure(drawn, f"Accuracy by {xlabel}: {told}.", points)
 
 
+def spectra(held: Mapping[str, ArrayLike], *, xlabel: str) -> Figure:
+    """How much of a change the largest k singular directions hold, by k on a logarithmic axis, a line each.
+
+    Args:
+        held: by name, shape (K,): the share of the squared norm in the first k directions, k from 1.
+        xlabel: what has the directions.
+    """
+    shares = {name: np.asarray(share) for name, share in held.items()}
+    with plt.rc_context(STYLE):
+        drawn, ax = plt.subplots(figsize=(6.5, 3.4))
+        for (name, share), dashes in zip(shares.items(), ("-", "--", "-.", ":"), strict=False):
+            ax.plot(range(1, len(share) + 1), share, dashes, lw=2, label=name.replace("_", " "))
+        ax.set(xscale="log", xlabel=xlabel, ylabel="share of the squared norm", ylim=(0, 1.03))
+        ax.legend(frameon=False)
+    told = ", ".join(f"{name} {share[0]:.2f} in the first" for name, share in shares.items())
+    table = pd.DataFrame({name: pd.Series(share, index=range(1, len(share) + 1)) for name, share in shares.items()})
+    return Figure(drawn, f"Share of the change in the first k {xlabel}: {told}.", table.rename_axis("k"))
+
+
 def schedule(rates: Mapping[str, Sequence[float]]) -> Figure:
     """Learning rate by optimiser step, a line a schedule."""
     with plt.rc_context(STYLE):

@@ -90,3 +90,29 @@ class Freezing(TrainedText):
     lr_scale: float = setting(
         "factor on each method's best rate on record", 1.0, gpu=0.3, between=(0.001, 100), log=True
     )
+
+
+class Adapters(TrainedText):
+    """Notebook 03."""
+
+    NOTEBOOK: ClassVar = "03_lora_and_adapters"
+    PANEL: ClassVar = (
+        "method", "lr", "rank", "alpha", "targets", "width", "rows", "num_epochs", "batch_size", "keep_best", "seed",
+        "num_seeds",
+    )  # fmt: skip
+
+    rows: int = setting(
+        "training rows of each seed", 400, smoke=64, gpu=4000, between=(2, 1_000_000), unit="rows", log=True
+    )
+    seed: int = setting("the first seed; the record has 0 to 4", 5, between=(0, 1_000_000))
+    lr: float = setting("peak learning rate of the panel's runs", 1e-3, gpu=3e-4, between=(1e-7, 1), log=True)
+    num_epochs: int = setting("passes over the training rows", 3, smoke=2, between=(1, 100), unit="epochs")
+    method: Literal["bitfit", "ia3", "lora", "adapter", "full"] = setting("what the panel trains", "lora")
+    rank: int = setting("rank of LoRA's update", 8, between=(1, 256), log=True)
+    alpha: float = setting("LoRA's update is scaled by alpha / rank", 16.0, between=(0.1, 1024), log=True)
+    targets: Literal["query-value", "all-linear"] = setting("the layers that LoRA adapts", "query-value")
+    width: int = setting("width of a bottleneck adapter", 16, between=(1, 1024), unit="units", log=True)
+    lr_scale: float = setting(
+        "factor on each method's best rate on record", 1.0, gpu=0.3, between=(0.001, 100), log=True
+    )
+    second_dataset: Dataset = setting("what the second task's adapter learns", "bbc-topics")

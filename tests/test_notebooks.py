@@ -58,10 +58,62 @@ WRONG = {
         "return F.cross_entropy(layer(X), y)": "nothing moved",
         "pass": "return the loss",
     },
+    ("02_freezing", "layer-rate"): {
+        "return lr * decay**group": "upside down",
+        "return lr * decay ** (last - group + 1)": "the head has the full rate",
+        "return lr if group == last else lr * decay": "applies twice",
+        "return lr * (1 - decay * (last - group) / last)": "expected",
+        "pass": "return the rate",
+    },
+    ("02_freezing", "unfrozen"): {
+        "return list(range(min(count, epoch + 1)))": "the top group trains first",
+        "return list(range(max(0, count - epoch), count))": "one group trains already",
+        "return [max(0, count - 1 - epoch)]": "stays so",
+        "return list(range(count - 1 - epoch, count))": "none to add",
+        "pass": "return the groups",
+    },
+    ("02_freezing", "freeze-blocks"): {
+        "for number, block in enumerate(blocks):\n    block.train(number >= k)\n"
+        "    block.requires_grad = number >= k": "does nothing",
+        "for block in blocks[:k]:\n    block.requires_grad_(False)": "dropout still fires",
+        "for block in blocks[:k]:\n    block.eval()": "still train",
+        "blocks.eval()\nblocks[:k].requires_grad_(False)": "stays in train mode",
+        "blocks.requires_grad_(False)\nblocks[:k].eval()": "the last block is to train",
+        "pass": "still train",
+    },
+    ("03_lora_and_adapters", "lora-weights"): {
+        "return sum(rank * inputs * outputs for inputs, outputs in shapes)": "own weights",
+        "return sum(rank * inputs for inputs, outputs in shapes)": "A alone",
+        "return sum(rank * outputs for inputs, outputs in shapes)": "B alone",
+        "return rank * sum(shapes[0])": "every layer",
+        "pass": "return the number",
+    },
+    ("03_lora_and_adapters", "merge"): {
+        "return W + B @ A": "scaled",
+        "return W + alpha * B @ A": "not alpha",
+        "return W + alpha / len(A) * A.T @ B.T": "transposed",
+        "return alpha / len(A) * B @ A": "added to W",
+        "return W + alpha * len(A) * B @ A": "not the weight",
+        "pass": "return the weight",
+    },
+    ("03_lora_and_adapters", "bottleneck"): {
+        "return up(torch.relu(down(x)))": "x itself is missing",
+        "return x + up(down(x))": "without the relu",
+        "return x + torch.relu(up(down(x)))": "in the middle",
+        "pass": "return the output",
+    },
+    ("03_lora_and_adapters", "share-kept"): {
+        "return method / full": "commonest class",
+        "return method - majority": "not points",
+        "return (full - method) / (full - majority) * 2": "expected",
+        "pass": "return the share",
+    },
 }
 # Right answers of another kind than the solution, which the check must take
 RIGHT = {
     ("01_full_fine_tuning", "cross-entropy"): ["return F.nll_loss(logits.log_softmax(-1), labels)"],
+    ("02_freezing", "unfrozen"): ["return [g for g in range(count) if g >= count - 1 - epoch][::-1]"],
+    ("03_lora_and_adapters", "bottleneck"): ["return up(down(x).clamp(min=0)) + x"],
     ("01_full_fine_tuning", "accumulation"): ["return float(np.average(mean_losses, weights=sizes))"],
 }
 

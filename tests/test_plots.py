@@ -22,11 +22,18 @@ SUMMARY = pd.DataFrame(
     index=pd.Index([10, 100], name="rows"),
 ).rename_axis(columns="test_accuracy")
 
+POINTS = pd.DataFrame(
+    {"accuracy": [0.7, 0.8], "low": [0.65, 0.75], "high": [0.75, 0.85], "cost": [1.0, 30.0]}, index=["last_2", "full"]
+)
+
 FIGURES = {
     "scores": lambda: plots.scores(METRICS),
     "learning_curves": lambda: plots.learning_curves({"full": [HISTORY, HISTORY], "from_scratch": [HISTORY]}),
     "confusion": lambda: plots.confusion(np.array([[8, 2], [1, 9]]), ["negative", "positive"]),
     "study": lambda: plots.study(SUMMARY, xlabel="rows", live={100: 0.75, 300: 0.9}, reference=("majority", 0.5)),
+    "studies": lambda: plots.studies({"full": SUMMARY, "last_2": SUMMARY}, xlabel="rows"),
+    "tradeoff": lambda: plots.tradeoff(POINTS, xlabel="seconds"),
+    "spectra": lambda: plots.spectra({"full": [0.5, 0.8, 1.0], "lora": [0.9, 1.0]}, xlabel="directions"),
     "schedule": lambda: plots.schedule({"linear": [0, 1, 0.5], "cosine": [0, 1, 0.7]}),
 }
 
@@ -75,6 +82,16 @@ def test_the_bars_of_a_study_are_its_intervals(monkeypatch: pytest.MonkeyPatch) 
     assert runs == [[0.3, 0.95], [0.3, 0.95]]
     assert means == [[0.4, 0.6], [0.7, 0.9]]
     plt.close("all")
+
+
+def test_methods_of_a_study_and_what_they_cost_have_their_own_numbers() -> None:
+    table = FIGURES["studies"]().table
+    assert table.loc[("last_2", 100)].tolist() == [0.8, 0.7, 0.9, 4]
+    assert "last 2: 10 0.50, 100 0.80" in FIGURES["studies"]().alt
+    assert "last 2 0.70 at 1, full 0.80 at 30" in FIGURES["tradeoff"]().alt
+    spectra = FIGURES["spectra"]().table
+    assert spectra.loc[2].tolist() == [0.8, 1.0]
+    assert np.isnan(spectra.loc[3, "lora"])
 
 
 def test_axes_are_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
