@@ -90,6 +90,8 @@ def _kernel(env: Mapping[str, str]) -> Any:
     class ThisInterpreter(AsyncKernelManager):
         kernel_spec = KernelSpec(**get_kernel_dict(), env=dict(env))
         connected = None
+        # a second for a clean end, in which what was to be tidied is tidied first; taking torch apart takes longer
+        shutdown_wait_time = 2.0
 
         def client(self, **kwargs: Any) -> Any:
             self.connected = super().client(**kwargs)  # kept, since nbclient leaves it open for us to close
