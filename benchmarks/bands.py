@@ -3,7 +3,7 @@
 Each notebook is run with five seeds at each tier of that file, with the parameters that stand there, and the band of
 a method is the prediction interval of Student's t for one more run, widened by what machines differ in rounding.
 
-    python benchmarks/bands.py [smoke|cpu …] [--write]
+    python benchmarks/bands.py [smoke|cpu …] [--notebook NAME] [--write]
 """
 
 import argparse
@@ -56,12 +56,13 @@ def as_toml(declared: dict[str, dict[str, dict[str, object]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tiers", nargs="*", help="all of them by default")
+    parser.add_argument("--notebook", help="all of them by default")
     parser.add_argument("--write", action="store_true", help="replace the bands in tests/bands.toml")
     arguments = parser.parse_args()
     declared = tomllib.loads(FILE.read_text(encoding="utf-8"))
     for notebook, tiers in declared.items():
         for tier, entry in tiers.items():
-            if arguments.tiers and tier not in arguments.tiers:
+            if tier not in (arguments.tiers or tiers) or notebook != (arguments.notebook or notebook):
                 scores = {method: old["by_seed"] for method, old in entry.get("bands", {}).items()}
             else:
                 scores = measure(notebook, tier, entry["parameters"])
