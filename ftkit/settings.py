@@ -38,6 +38,28 @@ class TextSettings(NotebookSettings):
         return list(range(self.seed, self.seed + self.num_seeds))
 
 
+class FullFineTuning(TextSettings):
+    """Notebook 01."""
+
+    NOTEBOOK: ClassVar = "01_full_fine_tuning"
+    PANEL: ClassVar = ("lr", "schedule", "warmup", "rows", "num_epochs", "batch_size", "keep_best", "seed", "num_seeds")
+
+    lr: float = setting("peak learning rate of full fine-tuning", 1e-4, gpu=3e-5, between=(1e-7, 1), log=True)
+    scratch_lr: float = setting("peak learning rate from random weights", 3e-4, gpu=1e-4, between=(1e-7, 1), log=True)
+    schedule: Literal["linear", "cosine", "constant"] = setting("the rate after warm-up", "linear")
+    warmup: float = setting("share of the steps over which the rate rises from 0", 0.1, between=(0, 0.9))
+    num_epochs: int = setting("passes over the training rows", 2, smoke=1, gpu=3, between=(1, 100), unit="epochs")
+    batch_size: int = setting("rows a step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
+    keep_best: bool = setting("end with the weights of the epoch best on validation", True)
+    live_rows: list[int] = setting("rows tried live beside the study", [200], smoke=[20], between=(2, 1_000_000))
+    live_rates: list[float] = setting("rates tried live beside the study", [3e-4], between=(1e-7, 1))
+    far_domains: list[Dataset] = setting(
+        "sentiment data that a tuned sentiment model is tried on",
+        ["product-sentiment", "editorial-sentiment", "tweet-sentiment"],
+        smoke=["product-sentiment"],
+    )
+
+
 class TrainedText(TextSettings):
     """What the notebooks that train a network on texts share."""
 
@@ -47,22 +69,6 @@ class TrainedText(TextSettings):
     num_epochs: int = setting("passes over the training rows", 2, smoke=1, gpu=3, between=(1, 100), unit="epochs")
     batch_size: int = setting("rows a step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
     keep_best: bool = setting("end with the weights of the epoch best on validation", True)
-
-
-class FullFineTuning(TrainedText):
-    """Notebook 01."""
-
-    NOTEBOOK: ClassVar = "01_full_fine_tuning"
-    PANEL: ClassVar = ("lr", "schedule", "warmup", "rows", "num_epochs", "batch_size", "keep_best", "seed", "num_seeds")
-
-    scratch_lr: float = setting("peak learning rate from random weights", 3e-4, gpu=1e-4, between=(1e-7, 1), log=True)
-    live_rows: list[int] = setting("rows tried live beside the study", [200], smoke=[20], between=(2, 1_000_000))
-    live_rates: list[float] = setting("rates tried live beside the study", [3e-4], between=(1e-7, 1))
-    far_domains: list[Dataset] = setting(
-        "sentiment data that a tuned sentiment model is tried on",
-        ["product-sentiment", "editorial-sentiment", "tweet-sentiment"],
-        smoke=["product-sentiment"],
-    )
 
 
 class Freezing(TrainedText):
