@@ -58,6 +58,11 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return found
 
 
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+
+
 def layers_called(model: PreTrainedModel, endings: Iterable[str]) -> list[str]:
     """Full names of the linear layers below the head whose name ends with one of these."""
     endings = tuple(f".{ending}" for ending in endings)

@@ -204,16 +204,17 @@ def tradeoff(points: pd.DataFrame, *, xlabel: str) -> Figure:
         points: by method: cost, accuracy, low and high.
         xlabel: what the cost is, with its unit.
     """
+    near = np.log10(points["cost"].astype(float)).round(1)
+    place = near.groupby(near).cumcount()  # those of one cost stand side by side
     with plt.rc_context(STYLE):
-        drawn, ax = plt.subplots(figsize=(7, 4))
+        drawn, ax = plt.subplots(figsize=(7.5, 4))
         for i, (name, point) in enumerate(points.iterrows()):
             arms = _arms([point["accuracy"]], [point["low"]], [point["high"]])
-            colour = COLOURS[i % len(COLOURS)]
-            ax.errorbar(point["cost"], point["accuracy"], yerr=arms, fmt="o", color=colour, capsize=4, markersize=7)
-            spot = {"xytext": (7, 5), "textcoords": "offset points", "fontsize": 9, "color": colour}
-            ax.annotate(str(name).replace("_", " "), (point["cost"], point["accuracy"]), **spot)
+            look = {"fmt": "os^Dv<>"[i % 7], "color": COLOURS[i % len(COLOURS)], "capsize": 4, "markersize": 7}
+            x = point["cost"] * 1.12 ** place[name]
+            ax.errorbar(x, point["accuracy"], yerr=arms, label=str(name).replace("_", " "), **look)
         ax.set(xscale="log", xlabel=xlabel, ylabel="accuracy on the test rows\n(mean over seeds, 95 % interval)")
-        ax.margins(x=0.15)
+        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     told = ", ".join(f"{n} {p['accuracy']:.2f} at {p['cost']:.3g}".replace("_", " ") for n, p in points.iterrows())
     return Figure(drawn, f"Accuracy by {xlabel}: {told}.", points)
 

@@ -62,7 +62,8 @@ WRONG = {
         "return lr * decay**group": "upside down",
         "return lr * decay ** (last - group + 1)": "the head has the full rate",
         "return lr if group == last else lr * decay": "applies twice",
-        "return lr * (1 - decay * (last - group) / last)": "expected",
+        "return lr * (1 - decay) ** (last - group)": "expected",
+        "return lr * decay ** (3 - group)": "count from `last`",
         "pass": "return the rate",
     },
     ("02_freezing", "unfrozen"): {
@@ -70,6 +71,7 @@ WRONG = {
         "return list(range(max(0, count - epoch), count))": "one group trains already",
         "return [max(0, count - 1 - epoch)]": "stays so",
         "return list(range(count - 1 - epoch, count))": "none to add",
+        "return list(range(max(0, 2 - epoch), 3))": "more than three groups",
         "pass": "return the groups",
     },
     ("02_freezing", "freeze-blocks"): {
@@ -105,6 +107,7 @@ WRONG = {
     ("03_lora_and_adapters", "share-kept"): {
         "return method / full": "commonest class",
         "return method - majority": "not points",
+        "return (full - method) / (full - majority)": "lost",
         "return (full - method) / (full - majority) * 2": "expected",
         "pass": "return the share",
     },
