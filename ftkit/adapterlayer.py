@@ -1,10 +1,10 @@
 """The bottleneck adapter itself, and the layers of a transformer that it goes after."""
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ftkit import anatomy
+from ftkit.models import seeded
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -49,7 +49,6 @@ def make_adapters(model: PreTrainedModel, number: int, width: int, activation: s
         raise ValueError(f"The width of an adapter is {width!r}: give a whole number from 1, for instance 16.")
     if activation not in ACTIVATIONS:
         raise ValueError(f"There is no activation {activation!r}: choose from {', '.join(ACTIVATIONS)}.")
-    with torch.random.fork_rng(devices=[]):  # new weights are drawn on the CPU
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         adapters = nn.ModuleList(Bottleneck(model.config.hidden_size, width, activation) for _ in range(number))
     return adapters.to(model.device, model.dtype).train(model.training)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ftkit import anatomy
+from ftkit.models import class_names, name_classes, seeded
 
 # peft 0.21 reads a property that transformers has renamed: nothing that a reader could mend
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -77,8 +77,7 @@ def add_lora(
         fan_in_fan_out=_is_conv1d(base, names),
         **_task(base),
     )
-    with torch.random.fork_rng(devices=[]):  # new weights are drawn on the CPU
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return _add(model, config, name)
 
 
@@ -134,7 +133,7 @@ def save_adapter(model: PeftModel, folder: str | Path) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     # peft would ask the hub whether the vocabulary has grown, to save the embeddings too
     model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
-    (place / LABELS_FILE).write_text(json.dumps(_labels(model)) + "\n", encoding="utf-8")
+    (place / LABELS_FILE).write_text(json.dumps(class_names(model.config)) + "\n", encoding="utf-8")
     return place
 
 
@@ -153,10 +152,10 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, *, name
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"There is no saved adapter in {str(folder)!r}: give the folder that save_adapter() returned.")
     labels = json.loads((folder / LABELS_FILE).read_text("utf-8")) if (folder / LABELS_FILE).is_file() else None
-    if labels is not None and len(labels) != len(_labels(model)):
+    if labels is not None and len(labels) != len(class_names(model.config)):
         raise ValueError(
             f"The adapter in {str(folder)!r} is for the {len(labels)} classes {labels}, the model's head for "
-            f"{len(_labels(model))}: load the model with these classes."
+            f"{len(class_names(model.config))}: load the model with these classes."
         )
     _require_free(model, name)
     try:
@@ -173,8 +172,7 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, *, name
             "that it was trained on, anew."
         ) from error
     if labels is not None:
-        loaded.config.id2label = dict(enumerate(labels))
-        loaded.config.label2id = {label: i for i, label in enumerate(labels)}
+        name_classes(loaded.config, labels)
     return loaded
 
 
@@ -198,10 +196,6 @@ def bitfit(model: PreTrainedModel) -> PreTrainedModel:
 
 def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _labels(model: PreTrainedModel | PeftModel) -> list[str]:
-    return [model.config.id2label[i] for i in range(model.config.num_labels)]
 
 
 def _task(base: PreTrainedModel) -> dict[str, Any]:

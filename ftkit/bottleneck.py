@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ftkit import anatomy
 from ftkit.adapterlayer import Bottleneck, adapted_layers, make_adapters
+from ftkit.models import class_names, name_classes
 
 SETTINGS_FILE, WEIGHTS_FILE = "bottleneck.json", "bottleneck.safetensors"
 
@@ -92,7 +93,7 @@ def save_adapters(model: PreTrainedModel, folder: str | Path) -> Path:
         "kind": kind,
         "width": first.down.out_features,
         "activation": first.activation,
-        "labels": [model.config.id2label[i] for i in range(model.config.num_labels)],
+        "labels": class_names(model.config),
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,8 +144,7 @@ def load_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
-    model.config.id2label = dict(enumerate(labels))
-    model.config.label2id = {label: i for i, label in enumerate(labels)}
+    name_classes(model.config, labels)
     return model
 
 

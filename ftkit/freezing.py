@@ -1,6 +1,5 @@
 """Which parts of a network train, from when on, and at which rate."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from accelerate import PartialState
 from torch import nn
 
 from ftkit.callbacks import Callback, TrainingRun
+from ftkit.spelling import nearest
 
 
 class FreezingError(ValueError):
@@ -164,9 +164,9 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> set[int]:
     for pattern in patterns:
         found = [name for name in named if fnmatchcase(name, pattern)]
         if not found:
-            near = difflib.get_close_matches(pattern, named, n=1, cutoff=0)
             raise FreezingError(
-                f"The model has no group or parameter {pattern!r}; the nearest is {near[0]!r} ('*' matches anything)."
+                f"The model has no group or parameter {pattern!r}; the nearest is {nearest(pattern, named)!r} "
+                "('*' matches anything)."
             )
         chosen |= {id(p) for name in found for p in named[name]}
     return chosen

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -92,10 +93,10 @@ def load_classifier(
     if dropout is not None and not 0 <= dropout < 1:
         raise ModelError(f"A dropout of {dropout} is no probability in [0, 1): try 0.1, or 0 for none.")
     source, options, advice = _locate(name_or_path)
-    with _plain_errors(name_or_path, advice), _quiet(), _seeded(seed):
+    with _plain_errors(name_or_path, advice), _quiet(), seeded(seed):
         config = AutoConfig.from_pretrained(source, **options)
         old_names = list(config.id2label.values())
-        config.id2label, config.label2id = dict(enumerate(names)), {label: i for i, label in enumerate(names)}
+        name_classes(config, names)
         if dropout is not None:
             _set_dropout(config, dropout)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -120,6 +121,16 @@ def load_classifier(
             f"The tokenizer of {str(name_or_path)!r} can't pad a batch: set its pad_token and save it beside the model."
         )
     return model.to(choose_device().device).eval(), tokenizer
+
+
+def class_names(config: PreTrainedConfig) -> list[str]:
+    """The names of a classifier's classes, in order."""
+    return [config.id2label[i] for i in range(config.num_labels)]
+
+
+def name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:
+    """Give a classifier as many classes as there are names, called so."""
+    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
@@ -162,7 +173,7 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         config = AutoConfig.from_pretrained(source, **options)
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
         raise ModelError(f"The model in {str(folder)!r} has no classification head: use load_classifier to add one.")
-    return load_classifier(folder, [config.id2label[i] for i in range(config.num_labels)])
+    return load_classifier(folder, class_names(config))
 
 
 def _locate(name_or_path: str | Path) -> tuple[str, dict[str, bool], str]:
@@ -223,7 +234,7 @@ def _say_what_is_new(model: PreTrainedModel, info: dict[str, object], name: str 
     if body:
         some = ", ".join(body[:4])
         print(f"{name}: {len(body)} weights below the head are not in the checkpoint and start at random: {some}")
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    names = class_names(model.config)
     if mismatched - {*body}:
         print(f"{name}: its head is for {len(old_names)} classes, not {len(names)}: a new one takes its place")
     elif len(new) == len(body) and names != old_names:
@@ -255,7 +266,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Draw new weights from this seed and leave the global chance as it was."""
     with torch.random.fork_rng(devices=[]):  # new weights are drawn on the CPU
         torch.default_generator.manual_seed(seed)

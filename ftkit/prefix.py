@@ -15,6 +15,7 @@ from ftkit.batching import evaluation_batches, make_batch, row_lengths
 from ftkit.cachedrows import STATES, CachedRows, PrefixError, make_storage
 from ftkit.freezing import Group, layer_groups
 from ftkit.rest import Rest, frozen_body
+from ftkit.training import eval_mode
 
 TOLERANCE = 1e-4  # of the logits, relative to the largest: float32 in another order of summation
 
@@ -51,7 +52,7 @@ def cache_prefix(
     prefix, above = _cut(model)
     _require_still(data)
     lengths = {split: row_lengths(rows) for split, rows in data.items()}
-    with _eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         split = next(iter(data))
         order = np.argsort(lengths[split], kind="stable")  # rows of different lengths, to see what the head reads
         sample = order[np.unique(np.linspace(0, len(order) - 1, 8).astype(int))]
@@ -117,17 +118,6 @@ def _require_still(data: Mapping[str, Any]) -> None:
                     f"The rows of {split!r} are made anew at each reading (augmentation), and a cache would keep one "
                     "version for good: train the whole model, or fix the rows."
                 )
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _batch(model: nn.Module, rows: Any, indices: NDArray[np.int64]) -> dict[str, Tensor]:

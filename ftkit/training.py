@@ -158,19 +158,14 @@ def evaluate(model: nn.Module, rows: Any, *, batch_size: int = 64) -> Evaluation
     Returns:
         Labels, probabilities and loss, and all that follows from them; rows in the order they were given.
     """
-    modes = [(module, module.training) for module in model.modules()]  # frozen ones may differ from the rest
-    model.eval()
     device = next(model.parameters()).device
     order, logits, labels = [], [], []
-    try:
+    with eval_mode(model):
         for indices in evaluation_batches(row_lengths(rows), batch_size):
             batch = make_batch(model, rows, indices, device)
             labels.append(batch.pop("labels").cpu())
             logits.append(model(**batch).logits.float().cpu())
             order.append(torch.from_numpy(indices))
-    finally:
-        for module, training in modes:
-            module.training = training
     given = torch.cat(order).argsort()
     scores, targets = torch.cat(logits)[given], torch.cat(labels)[given]
     return Evaluation(targets.numpy(), scores.double().softmax(-1).numpy(), F.cross_entropy(scores, targets).item())
@@ -207,6 +202,18 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
 def _num_classes(model: nn.Module) -> int:
     """Classes of a model whose config tells; 0 for another, whose classes are those of its rows."""
     return getattr(getattr(model, "config", None), "num_labels", 0)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run the model in eval mode; afterwards each module is as it was, for frozen ones may differ from the rest."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _set_modes(model: nn.Module) -> None:

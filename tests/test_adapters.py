@@ -9,7 +9,18 @@ import pytest
 import torch
 from conftest import make_rows, make_tiny_bert
 from peft import PeftModel
-from tiny_models import CLASSES, CONFIGS, FAMILIES, INNER, LAYERS, WIDTH, disturb, make_inputs, make_tiny
+from tiny_models import (
+    CLASSES,
+    CONFIGS,
+    FAMILIES,
+    INNER,
+    LAYERS,
+    WIDTH,
+    assert_seed_gives_start,
+    disturb,
+    make_inputs,
+    make_tiny,
+)
 from transformers import (
     AutoModelForSequenceClassification,
     BertForMaskedLM,
@@ -96,16 +107,7 @@ def test_a_lora_layer_computes_its_equation(family, layer, rslora, scale):
 
 
 def test_the_seed_gives_the_start_and_leaves_the_global_chance():
-    one, same, other = (trainable(add_lora(make_tiny("bert"), seed=seed)) for seed in (1, 1, 2))
-    name = next(name for name in one if "lora_A" in name)
-    assert torch.equal(one[name], same[name])
-    assert not torch.equal(one[name], other[name])
-    model = make_tiny("bert")
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    add_lora(model)
-    assert torch.equal(torch.rand(1), expected)
+    assert_seed_gives_start(add_lora, "lora_A")
 
 
 METHODS = {

@@ -7,7 +7,17 @@ import pytest
 import torch
 from conftest import make_tiny_bert
 from safetensors.torch import load_file
-from tiny_models import CLASSES, FAMILIES, INNER, LAYERS, WIDTH, disturb, make_inputs, make_tiny
+from tiny_models import (
+    CLASSES,
+    FAMILIES,
+    INNER,
+    LAYERS,
+    WIDTH,
+    assert_seed_gives_start,
+    disturb,
+    make_inputs,
+    make_tiny,
+)
 from torch.nn import functional as F
 from transformers import BloomConfig, BloomForSequenceClassification
 
@@ -167,16 +177,7 @@ def test_the_file_is_small_names_the_classes_and_fits_its_own_base_alone(tmp_pat
 
 
 def test_the_seed_gives_the_start_and_leaves_the_global_chance():
-    one, same, other = (trainable(add_adapters(make_tiny("bert"), 4, seed=seed)) for seed in (1, 1, 2))
-    name = next(name for name in one if "down.weight" in name)
-    assert torch.equal(one[name], same[name])
-    assert not torch.equal(one[name], other[name])
-    model = make_tiny("bert")
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    add_adapters(model, 4)
-    assert torch.equal(torch.rand(1), expected)
+    assert_seed_gives_start(lambda model, **how: add_adapters(model, 4, **how), "down.weight")
 
 
 @pytest.mark.parametrize(

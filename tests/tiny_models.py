@@ -1,6 +1,7 @@
 """Tiny random networks of the families that ftkit reads layer by layer, and a batch for each."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 import transformers as t
@@ -77,3 +78,18 @@ def disturb(model: torch.nn.Module) -> torch.nn.Module:
         if parameter.requires_grad:
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=chance))
     return model
+
+
+def assert_seed_gives_start(add: Callable[..., torch.nn.Module], part: str) -> None:
+    """The seed alone gives the new weights whose names have that part, and the global chance stays as it was."""
+    models = [add(make_tiny("bert"), seed=seed) for seed in (1, 1, 2)]
+    name = next(name for name, parameter in models[0].named_parameters() if parameter.requires_grad and part in name)
+    one, same, other = (model.get_parameter(name) for model in models)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    model = make_tiny("bert")
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    add(model)
+    assert torch.equal(torch.rand(1), expected)
