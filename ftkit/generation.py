@@ -14,7 +14,8 @@ from ftkit.modes import eval_mode
 from ftkit.nexttoken import next_token_logits, require_language_model
 from ftkit.templates import chat_text, encode_texts, require_window
 
-Prompt = str | Sequence[Mapping[str, str]]  # a text to continue, or the turns of a chat: {"role": …, "content": …}
+# a text to continue, its token ids, or the turns of a chat: {"role": …, "content": …}
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 CUT = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of a part of a character
 
 
@@ -36,7 +37,7 @@ def generate(
     Args:
         model: a causal language model, with or without an adapter.
         tokenizer: as ``load_language_model`` gives it.
-        prompt: the text, or the turns of a chat.
+        prompt: the text, its token ids, or the turns of a chat.
         max_new_tokens: at most so many.
         temperature: the logits are divided by it before a token is drawn; 0 always takes the most probable one.
         stop: strings that end the text; they are not part of it.
@@ -66,17 +67,29 @@ def generate(
 
 
 def next_tokens(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, k: int = 10
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    k: int = 10,
+    *,
+    temperature: float = 1.0,
 ) -> pd.DataFrame:
     """The k most probable next tokens: columns ``token`` (its text), ``id`` and ``probability``, the highest first.
+
+    Args:
+        model, tokenizer, prompt: as for ``generate``.
+        k: tokens to name.
+        temperature: the logits are divided by it; above 0.
 
     Raises:
         ValueError: as for ``generate``.
     """
+    if not temperature > 0:
+        raise ValueError(f"The temperature is {temperature}: give a number above 0, 1 for the model's probabilities.")
     require_language_model(model)
     ids = _encode(tokenizer, prompt)
     require_window(tokenizer, [ids], 1)
-    probabilities, tokens = _next_logits(model, ids, None).softmax(-1).topk(k)
+    probabilities, tokens = (_next_logits(model, ids, None) / temperature).softmax(-1).topk(k)
     return pd.DataFrame(
         {
             "token": [tokenizer.decode([token]) for token in tokens.tolist()],
@@ -89,6 +102,8 @@ def next_tokens(
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return encode_texts(tokenizer, [prompt])[0]
+    if all(isinstance(token, int) for token in prompt):
+        return list(prompt)
     return encode_texts(tokenizer, [chat_text(tokenizer, prompt)], chat=True)[0]
 
 

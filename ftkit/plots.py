@@ -169,12 +169,15 @@ def study(
     return Figure(drawn, f"{score.capitalize()} by {xlabel}, mean over seeds. {told}.", table)
 
 
-def studies(summaries: Mapping[str, pd.DataFrame], *, xlabel: str) -> Figure:
+def studies(
+    summaries: Mapping[str, pd.DataFrame], *, xlabel: str, reference: tuple[str, float] | None = None
+) -> Figure:
     """A recorded study of several methods: score by the values of one parameter, a line each, on a logarithmic axis.
 
     Args:
         summaries: by method, from ``Study.summary``.
         xlabel: name and unit of the parameter.
+        reference: name and score of a baseline, drawn as a grey line.
     """
     score = str(next(iter(summaries.values())).columns.name or "score").replace("_", " ")
     values = sorted({value for summary in summaries.values() for value in summary.index})
@@ -186,6 +189,8 @@ def studies(summaries: Mapping[str, pd.DataFrame], *, xlabel: str) -> Figure:
             colour, marker = COLOURS[i % len(COLOURS)], "osD^v<>"[i % 7]
             label = name.replace("_", " ")
             ax.errorbar(x, summary["mean"], yerr=arms, fmt=f"{marker}-", color=colour, capsize=2, lw=1.2, label=label)
+        if reference:
+            ax.axhline(reference[1], color="0.6", zorder=0, label=reference[0])
         ax.set(xscale="log", xlabel=xlabel, ylabel=f"{score}\n(mean over seeds, 95 % interval)")
         ax.set_xticks(values, [f"{value:g}" for value in values])
         ax.minorticks_off()
@@ -205,17 +210,18 @@ def tradeoff(points: pd.DataFrame, *, xlabel: str) -> Figure:
         points: by method: cost, accuracy, low and high.
         xlabel: what the cost is, with its unit.
     """
-    place = points.groupby("cost").cumcount()  # those of the same cost stand side by side
-    decades = np.log10(points["cost"].max() / points["cost"].min())
+    span = points["cost"].max() / points["cost"].min()
+    place: dict[str, float] = {}
+    for name, cost in points["cost"].sort_values(kind="stable").items():  # those of about one cost stand side by side
+        place[name] = max(cost, span**0.02 * max(place.values(), default=0))
     with plt.rc_context(STYLE):
         drawn, ax = plt.subplots(figsize=(7.5, 4))
         for i, (name, point) in enumerate(points.iterrows()):
             arms = _arms([point["accuracy"]], [point["low"]], [point["high"]])
             look = {"fmt": "os^Dv<>"[i % 7], "color": COLOURS[i % len(COLOURS)], "capsize": 4, "markersize": 7}
-            x = point["cost"] * 10 ** (0.02 * decades * place[name])
-            ax.errorbar(x, point["accuracy"], yerr=arms, label=str(name).replace("_", " "), **look)
+            ax.errorbar(place[name], point["accuracy"], yerr=arms, label=str(name).replace("_", " "), **look)
         ax.set(xscale="log", xlabel=xlabel, ylabel="accuracy on the test rows\n(mean over seeds, 95 % interval)")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 2 else (1, 2, 5)))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if span > 100 else (1, 2, 5)))
         ax.xaxis.set_major_formatter(EngFormatter())
         ax.minorticks_off()
         ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -240,6 +246,32 @@ def spectra(held: Mapping[str, ArrayLike], *, xlabel: str) -> Figure:
     told = ", ".join(f"{name} {share[0]:.2f} in the first" for name, share in shares.items())
     table = pd.DataFrame({name: pd.Series(share, index=range(1, len(share) + 1)) for name, share in shares.items()})
     return Figure(drawn, f"Share of the change in the first k {xlabel}: {told}.", table.rename_axis("k"))
+
+
+def bars(values: pd.Series, *, xlabel: str) -> Figure:
+    """A bar for each value, by its name, the first on top."""
+    with plt.rc_context(STYLE):
+        drawn, ax = plt.subplots(figsize=(6.5, 0.28 * len(values) + 0.8))
+        ax.barh(range(len(values)), values, height=0.7)
+        ax.set(yticks=range(len(values)), yticklabels=values.index, xlabel=xlabel)
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+    told = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+    return Figure(drawn, f"{xlabel[0].upper()}{xlabel[1:]}: {told}.", values.to_frame(xlabel))
+
+
+def slopes(table: pd.DataFrame, *, ylabel: str) -> Figure:
+    """How each row's value changes from one column to the next, a line a row, the mean of all beside them."""
+    with plt.rc_context(STYLE):
+        drawn, ax = plt.subplots(figsize=(5.5, 3.4))
+        places = range(len(table.columns))
+        for i, (name, values) in enumerate(table.iterrows()):
+            ax.plot(places, values, "o-", color=COLOURS[i % len(COLOURS)], lw=1, markersize=4, alpha=0.7, label=name)
+        ax.plot(places, table.mean(), "s-", color="black", lw=2.5, label="mean")
+        ax.set(xticks=places, xticklabels=table.columns, ylabel=ylabel, xlim=(-0.15, len(places) - 0.85))
+        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    means = ", ".join(f"{column} {value:.2f}" for column, value in table.mean().items())
+    return Figure(drawn, f"{ylabel[0].upper()}{ylabel[1:]}, a line each; their mean: {means}.", table)
 
 
 def schedule(rates: Mapping[str, Sequence[float]]) -> Figure:
