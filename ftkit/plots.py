@@ -205,17 +205,18 @@ def tradeoff(points: pd.DataFrame, *, xlabel: str) -> Figure:
         points: by method: cost, accuracy, low and high.
         xlabel: what the cost is, with its unit.
     """
-    place = points.groupby("cost").cumcount()  # those of the same cost stand side by side
-    decades = np.log10(points["cost"].max() / points["cost"].min())
+    span = points["cost"].max() / points["cost"].min()
+    place: dict[str, float] = {}
+    for name, cost in points["cost"].sort_values(kind="stable").items():  # those of about one cost stand side by side
+        place[name] = max(cost, span**0.02 * max(place.values(), default=0))
     with plt.rc_context(STYLE):
         drawn, ax = plt.subplots(figsize=(7.5, 4))
         for i, (name, point) in enumerate(points.iterrows()):
             arms = _arms([point["accuracy"]], [point["low"]], [point["high"]])
             look = {"fmt": "os^Dv<>"[i % 7], "color": COLOURS[i % len(COLOURS)], "capsize": 4, "markersize": 7}
-            x = point["cost"] * 10 ** (0.02 * decades * place[name])
-            ax.errorbar(x, point["accuracy"], yerr=arms, label=str(name).replace("_", " "), **look)
+            ax.errorbar(place[name], point["accuracy"], yerr=arms, label=str(name).replace("_", " "), **look)
         ax.set(xscale="log", xlabel=xlabel, ylabel="accuracy on the test rows\n(mean over seeds, 95 % interval)")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 2 else (1, 2, 5)))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if span > 100 else (1, 2, 5)))
         ax.xaxis.set_major_formatter(EngFormatter())
         ax.minorticks_off()
         ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
