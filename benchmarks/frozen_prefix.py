@@ -4,7 +4,7 @@ Both train the same layers of the same network on the same rows for as many step
 and evaluate after each epoch. Every run is really made, in a process of its own, so that its peak memory is its own;
 the time to cache the prefix counts, loading does not. A round runs the two one after the other for each task; the
 figures are medians over the rounds of their ratio. Before that, without dropout and on the same batches, the losses of
-each step are compared: a difference above 1e-4 ends the script. Leave the machine idle; about 4 minutes a round.
+each step are compared: a difference above 1e-4 ends the script. Leave the machine idle; about 7 minutes a round.
 
     python benchmarks/frozen_prefix.py [--rounds 3] [--rows 1000]
 """
