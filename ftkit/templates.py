@@ -161,8 +161,8 @@ def encode_prompts(
         and the token ids of the words.
 
     Raises:
-        PromptError: a column that is missing, labels that are not the data's, a word that melts into the prompt or
-            reads as another one does, or a prompt longer than the model's window.
+        PromptError: a column that is missing, labels that are not the data's, a text that holds a special token, a word
+            that melts into the prompt or reads as another one does, or a prompt longer than the model's window.
     """
     if not len(rows):
         raise PromptError("There are no rows to make prompts of: give at least one.")
@@ -176,6 +176,8 @@ def encode_prompts(
     each = [list(examples)] * len(rows) if not examples or isinstance(examples[0], Mapping) else list(examples)
     if len(each) != len(rows):
         raise PromptError(f"There are {len(each)} lists of examples for {len(rows)} rows: give one for each row.")
+    for row in [*rows, *(example for shots in each for example in shots)]:
+        _require_plain(row, template, tokenizer)
     words = _encode_words(rows, template, verbalizer, tokenizer)
     texts = [_text(row, shots, template, verbalizer, tokenizer) for row, shots in zip(rows, each, strict=True)]
     prompts = encode_texts(tokenizer, texts, chat=template.chat)
@@ -250,6 +252,17 @@ def token_table(words: Words, verbalizer: Verbalizer, tokenizer: PreTrainedToken
 def content_free_rows(template: Template) -> list[dict[str, str]]:
     """Rows that say nothing: "N/A", "" and "[MASK]" in every field (Zhao et al., 2021)."""
     return [dict.fromkeys(template.fields, text) for text in CONTENT_FREE]
+
+
+def _require_plain(row: Row, template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a text that spells a special token: the model would take it for the end of a turn, say, not for text."""
+    for field in template.fields:
+        for token in tokenizer.all_special_tokens:
+            if token in str(row.get(field, "")):
+                raise PromptError(
+                    f"A text in the column {field!r} holds {token!r}, which to this model is a mark and no text: "
+                    "take it out."
+                )
 
 
 def _text(
