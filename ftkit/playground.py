@@ -91,6 +91,7 @@ class ChatBox:
             temperature=self.temperature.value,
             seed=len(self.turns),
         )
+        self.message.value = ""  # only now that it is not refused
         self.turns += [asked, {"role": "assistant", "content": ""}]
         for piece in pieces:
             if self._stopped.is_set():
@@ -110,7 +111,6 @@ class ChatBox:
 
     def _ended(self) -> None:
         self.stop_button.disabled, self.clear_button.disabled = True, False
-        self.message.value = ""
 
     def _clear(self) -> None:
         self.turns.clear()
