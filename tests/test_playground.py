@@ -89,7 +89,7 @@ def test_an_empty_message_and_one_too_long_are_refused_in_words(model, tokenizer
     assert "Write something" in box.status.value
     box.message.value = "word " * 600
     send(box)
-    assert "more than the model's window of 512" in box.status.value
+    assert "window of 512: give fewer" in box.status.value
     assert box.turns == [] and not box.send_button.disabled
     assert box.message.value.startswith("word")  # what was written is not lost
 
