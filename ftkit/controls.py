@@ -38,6 +38,9 @@ class Control:
             items = [item.strip() for item in shown.split(",") if item.strip()]
             return items if parameter.kind == "list" else shown.strip() or None
         if parameter.kind == "float":
+            for bound in (parameter.low, parameter.high):
+                if math.isclose(shown, bound):
+                    return bound  # with all its digits
             # a slider at 10**-3.5 means the 3.2e-4 beside it, not 0.00031622776601683794
             tidy = float(f"{shown:.2g}") if parameter.log else round(shown, _decimals(parameter))
             return min(max(tidy, parameter.low), parameter.high)

@@ -5,6 +5,7 @@ What a kernel shows is asked of real kernels.
 
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -116,7 +117,9 @@ def ends_and_choices(parameter: Parameter, widget: ipywidgets.ValueWidget) -> li
     if isinstance(widget, ipywidgets.Checkbox):
         return [(True, True), (False, False)]
     if isinstance(widget, ipywidgets.FloatLogSlider):
-        return [(10**widget.min, low), (10**widget.max, high), (10**-3.5, 3.2e-4), (3e-4, 3e-4)]
+        ten = 10.0 ** math.ceil(widget.min)  # a round value within the bounds
+        between = [(ten * 10**0.5, float(f"{3.2 * ten:.2g}")), (3 * ten, float(f"{3 * ten:.2g}"))]
+        return [(10**widget.min, low), (10**widget.max, high), *between]
     if isinstance(widget, ipywidgets.FloatSlider):
         return [(widget.min, low), (widget.max, high), (widget.min + 3 * widget.step, round(low + 3 * widget.step, 9))]
     if isinstance(widget, ipywidgets.Text):
