@@ -119,6 +119,8 @@ def ends_and_choices(parameter: Parameter, widget: ipywidgets.ValueWidget) -> li
     if isinstance(widget, ipywidgets.FloatLogSlider):
         ten = 10.0 ** math.ceil(widget.min)  # a round value within the bounds
         between = [(ten * 10**0.5, float(f"{3.2 * ten:.2g}")), (3 * ten, float(f"{3 * ten:.2g}"))]
+        if low <= 3e-4:  # a rate
+            between += [(10**-3.5, 3.2e-4), (3e-4, 3e-4)]
         return [(10**widget.min, low), (10**widget.max, high), *between]
     if isinstance(widget, ipywidgets.FloatSlider):
         return [(widget.min, low), (widget.max, high), (widget.min + 3 * widget.step, round(low + 3 * widget.step, 9))]
