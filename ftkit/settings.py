@@ -144,15 +144,22 @@ class Prompting(TextSettings):
     )
     seed: int = setting("the first seed; the record has 0 to 2", 3, between=(0, 1_000_000))
     num_seeds: int = setting("seeds; each draws its own rows", 1, gpu=3, between=(1, 100), unit="seeds")
-    template: Literal["verdict", "it_was", "sentiment", "question", "label"] = setting(
-        "the prompt that is trained with", "sentiment"
+    template: Literal["heading", "rating", "question", "instruction", "cloze"] = setting(
+        "the prompt that is trained with", "heading"
     )
-    examples: int = setting("solved examples in a few-shot prompt", 4, smoke=2, between=(1, 64), unit="examples")
-    method: Literal["prompt_tuning", "prefix_tuning", "p_tuning", "lora", "encoder_full", "few_shot"] = setting(
-        "what the panel trains", "prompt_tuning"
+    examples: int = setting("solved examples in a few-shot prompt", 8, smoke=2, between=(1, 64), unit="examples")
+    method: Literal["prompt_tuning", "prefix_tuning", "p_tuning", "lora", "encoder_full", "few_shot", "calibrated"] = (
+        setting("what the panel trains, or scores", "prompt_tuning")
     )
     lr: float = setting("peak learning rate of the panel's runs", 3e-2, between=(1e-7, 1), log=True)
     num_tokens: int = setting("vectors in front of the text", 8, between=(1, 100), unit="tokens")
     rank: int = setting("rank of LoRA's update", 8, between=(1, 256), log=True)
-    steps: int = setting("optimiser steps, about", 50, smoke=2, between=(1, 100_000), unit="steps", log=True)
+    steps: int = setting(
+        "optimiser steps, about; the encoder takes four times as many",
+        50,
+        smoke=2,
+        between=(1, 100_000),
+        unit="steps",
+        log=True,
+    )
     batch_size: int = setting("rows a step", 8, between=(1, 1024), unit="rows", log=True)
