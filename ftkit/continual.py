@@ -1,0 +1,297 @@
+"""Learn tasks one after the other, and measure all of them after each: the accuracy matrix of a strategy."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ftkit.averaging import snapshot, weight_distance
+from ftkit.callbacks import Checkpoint, History
+from ftkit.gradients import Penalty
+from ftkit.matrix import AccuracyMatrix
+from ftkit.multihead import MultiHead
+from ftkit.tasks import Rows
+from ftkit.training import TrainSettings, evaluate, fit
+
+NO_ANSWER = -1  # the prediction for a row whose classes a growing head does not have yet
+
+
+@dataclass
+class Stage:
+    """What is about to be learned, for a strategy to change.
+
+    Attributes:
+        model: the network; all that is to train requires a gradient.
+        tasks: the rows of all tasks by split.
+        index: number of the task, from 0.
+        settings: of the training.
+        rows: to train on; none where there is nothing to train.
+        validation: rows to choose the best epoch on.
+        penalties: for the loss.
+        seen: tasks whose classes a growing head has by now.
+        old_heads: whether the heads of earlier tasks train too, though no row is theirs.
+    """
+
+    model: MultiHead
+    tasks: Sequence[Mapping[str, Rows]]
+    index: int
+    settings: TrainSettings
+    rows: Rows
+    validation: Rows
+    penalties: list[Penalty]
+    seen: int
+    old_heads: bool = False
+
+    @property
+    def new_heads(self) -> set[str]:
+        """Names of the parameters of heads that no earlier task has trained."""
+        fresh = {self.model.head_of[self.index]} - self.model.heads_of(range(self.index))
+        return {name for name, head in self.model.head_parameters().items() if head in fresh}
+
+
+class Strategy:
+    """Naive fine-tuning on one task after the other; what the others do differently, they override.
+
+    Args:
+        strength: the one knob of a strategy; this one has none.
+    """
+
+    strength: float | None = None
+
+    def set_up(self, model: MultiHead) -> None:
+        """Before the first task."""
+
+    def before(self, stage: Stage) -> None:
+        """Before each task, with the weights that the one before left."""
+        stage.model.requires_grad_(True)
+
+    def after(self, stage: Stage) -> None:
+        """After each task, before anything is measured."""
+
+    def activate(self, model: MultiHead, task: int) -> None:
+        """Before a task is measured."""
+
+    def distance(self, model: MultiHead, start: Mapping[str, Tensor]) -> float:
+        """How far the weights, heads aside, have come from those before any training."""
+        return weight_distance(model, start)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What cannot be had again from the weights and rows when a sequence is resumed."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``state_dict`` gave."""
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this strategy from another: its class and its numbers."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, int | float | str | None)}
+        return {"strategy": type(self).__name__, **plain}
+
+
+@dataclass
+class SequenceRun:
+    """What came of a sequence of T tasks.
+
+    Attributes:
+        names: of the tasks.
+        labels: by split, the true classes of each task's rows: T arrays.
+        predictions: by split, what was answered before any training and after each task: T + 1 lists of T arrays.
+        histories: of the training of each task; where nothing was trained, an empty one.
+        distances: of the weights from the start after each task, heads left out.
+    """
+
+    names: list[str]
+    labels: dict[str, list[NDArray[np.int64]]]
+    predictions: dict[str, list[list[NDArray[np.int64]]]]
+    histories: list[History] = field(default_factory=list)
+    distances: list[float] = field(default_factory=list)
+
+    def matrix(self, split: str = "test") -> AccuracyMatrix:
+        """The accuracies on one of the splits that were measured."""
+        accuracies = np.array(
+            [
+                [np.mean(answers == labels) for answers, labels in zip(stage, self.labels[split], strict=True)]
+                for stage in self.predictions[split]
+            ]
+        )
+        return AccuracyMatrix(accuracies[1:], accuracies[0], self.names)
+
+
+def learn_sequence(
+    model: MultiHead,
+    tasks: Sequence[Mapping[str, Rows]],
+    strategy: Strategy,
+    settings: TrainSettings,
+    *,
+    splits: Sequence[str] = ("test",),
+    folder: str | Path | None = None,
+) -> SequenceRun:
+    """Train a model on one task after the other, and measure it on all of them before the first and after each.
+
+    Heads that no training row is of stay as they are.
+
+    Args:
+        model: for these tasks; trained in place, and left as the last task leaves it.
+        tasks: the rows of each by split, from ``TaskSequence.encode``.
+        strategy: what is done against forgetting.
+        settings: of the training of each task. With ``keep_best`` the epoch is kept that is best on the validation
+            rows of the task.
+        splits: to measure on.
+        folder: to keep the state in after each task and, of the one in training, every 100 steps and each epoch. The
+            same call goes on from it, if it was killed at whatever moment, and gives the same run. None keeps nothing.
+
+    Raises:
+        ValueError: tasks that are not the model's, a split they lack, label smoothing with several heads, a folder
+            that holds another run.
+        KeyboardInterrupt: the training of a task was interrupted; a folder has it up to the last state written.
+    """
+    if len(tasks) != len(model.head_of):
+        raise ValueError(
+            f"The model is for {len(model.head_of)} tasks, not {len(tasks)}: give the tasks of its sequence."
+        )
+    for name, task in zip(model.task_names, tasks, strict=True):
+        for split in ("train", *splits):
+            if not task.get(split):
+                raise ValueError(f"The task {name} has no rows of the split {split!r}: give some, or other splits.")
+    if settings.label_smoothing and (model.growing or len(model.columns) > 1):
+        raise ValueError("label_smoothing would ask for classes that a row is not scored among: set it to 0.")
+    memory = _Record(folder, model, tasks, strategy, settings, splits)
+    strategy.set_up(model)
+    heads = model.head_parameters()
+    start = {name: weights for name, weights in snapshot(model).items() if name not in heads}
+    labels = {split: [np.array([row["labels"] for row in task[split]]) for task in tasks] for split in splits}
+    run = SequenceRun(model.task_names, labels, {split: [] for split in splits})
+    if not memory.resume(model, strategy, run):
+        model.seen = 0
+        _measure(model, tasks, strategy, run)
+    for index in range(len(run.histories), len(tasks)):
+        task = tasks[index]
+        stage = Stage(model, tasks, index, settings, task["train"], task.get("validation", []), [], index + 1)
+        strategy.before(stage)
+        model.seen = stage.seen
+        run.histories.append(_train(stage, memory.checkpoint(index)))
+        strategy.after(stage)
+        run.distances.append(strategy.distance(model, start))
+        _measure(model, tasks, strategy, run)
+        memory.write(model, strategy, run)
+    return run
+
+
+def _train(stage: Stage, callbacks: list[Checkpoint]) -> History:
+    if not stage.rows:
+        return History()
+    trained = {int(row["task"]) for row in stage.rows} | set(range(stage.index if stage.old_heads else 0))
+    heads = stage.model.heads_of(range(stage.seen) if stage.model.growing else trained)
+    for name, head in stage.model.head_parameters().items():
+        if head not in heads:  # with a gradient of zero, weight decay would still move it
+            stage.model.get_parameter(name).requires_grad_(False)
+    data = {"train": stage.rows}
+    if stage.settings.keep_best and stage.validation:
+        data["validation"] = stage.validation
+    history = fit(stage.model, data, stage.settings, penalties=stage.penalties, callbacks=callbacks)
+    if history.ended == "interrupted":
+        raise KeyboardInterrupt
+    return history
+
+
+def _measure(model: MultiHead, tasks: Sequence[Mapping[str, Rows]], strategy: Strategy, run: SequenceRun) -> None:
+    """Add to the run what the model answers now."""
+    for split, stages in run.predictions.items():
+        answers = []
+        for number, task in enumerate(tasks):
+            if model.growing and number >= model.seen:
+                answers.append(np.full(len(task[split]), NO_ANSWER))
+                continue
+            strategy.activate(model, number)
+            answers.append(evaluate(model, task[split]).predictions)
+        stages.append(answers)
+
+
+class _Record:
+    """The state of a sequence in a folder, replaced after each task in one move."""
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        model: MultiHead,
+        tasks: Sequence[Mapping[str, Rows]],
+        strategy: Strategy,
+        settings: TrainSettings,
+        splits: Sequence[str],
+    ) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        self.path = self.folder / "sequence.pt"
+        rows = [row for task in tasks for split in ("train", "validation", *splits) for row in task.get(split, [])]
+        self.identity = {
+            **strategy.identity(),
+            **settings.model_dump(),
+            "splits": list(splits),
+            "starting weights": _digest(model.state_dict().values()),
+            "rows": _digest(value for row in rows for value in row.values()),
+        }
+
+    def checkpoint(self, index: int) -> list[Checkpoint]:
+        """For the training of one task."""
+        return [] if self.folder is None else [Checkpoint(self.folder / f"task_{index}.pt")]
+
+    def resume(self, model: MultiHead, strategy: Strategy, run: SequenceRun) -> bool:
+        """Go back to the end of the last task that was learned, if there is one."""
+        if self.folder is None or not self.path.exists():
+            return False
+        state = torch.load(self.path, weights_only=True)
+        for name, value in self.identity.items():
+            if state["identity"].get(name) != value:
+                raise ValueError(
+                    f"The folder {self.folder.name} holds a run with {name}={state['identity'].get(name)}, "
+                    f"this one has {value}: give another folder, or delete it to start anew."
+                )
+        model.load_state_dict(state["model"])
+        strategy.load_state_dict(state["strategy"])
+        run.histories = [History(**history) for history in state["histories"]]
+        run.distances = state["distances"]
+        for split, stages in state["predictions"].items():
+            run.predictions[split] = [[answers.numpy() for answers in stage] for stage in stages]
+        model.seen = state["seen"]
+        print(f"Resumed after {len(run.histories)} of {len(run.names)} tasks.")
+        return True
+
+    def write(self, model: MultiHead, strategy: Strategy, run: SequenceRun) -> None:
+        if self.folder is None:
+            return
+        predictions = {
+            split: [[torch.from_numpy(answers) for answers in stage] for stage in stages]
+            for split, stages in run.predictions.items()
+        }
+        state = {
+            "identity": self.identity,
+            "model": model.state_dict(),
+            "strategy": strategy.state_dict(),
+            "histories": [asdict(history) for history in run.histories],
+            "distances": run.distances,
+            "predictions": predictions,
+            "seen": model.seen,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+        torch.save(state, partial)
+        partial.replace(self.path)
+        for checkpoint in self.folder.glob("task_*.pt"):  # of tasks that are learned
+            checkpoint.unlink()
+
+
+def _digest(values: Any) -> str:
+    """A short fingerprint of numbers."""
+    digest = hashlib.sha256()
+    for value in values:
+        array = value.detach().float().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:12]
