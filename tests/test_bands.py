@@ -26,7 +26,8 @@ def baselines(notebook: str, tier: str) -> tuple[float, list[float], list[float]
     splits = load_text(settings.source, test=settings.test_rows)
     names, untrained = splits["train"].features["label"].names, []
     for seed in range(5):
-        network, tokenizer = load_classifier(settings.model, names, seed=seed)
+        # in lesson 04 the model is a language model, and the network with a head is another
+        network, tokenizer = load_classifier(getattr(settings, "encoder", settings.model), names, seed=seed)
         rows = encode({"test": splits["test"]}, tokenizer, max_length=settings.max_length)["test"]
         untrained.append(evaluate(network, rows).accuracy)
     labels = splits["test"]["label"][:]
