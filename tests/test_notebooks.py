@@ -143,7 +143,7 @@ WRONG = {
         "return min(map(len, prompts)) - 1": "first difference",
         "return 2": "still to be run",
         "return sum(len(set(column)) == 1 for column in zip(*[ids[:-1] for ids in prompts]))": "does not count",
-        "n, (a, b) = 0, prompts[:2]\nwhile a[n] == b[n] and n < min(len(a), len(b)) - 1:\n    n += 1\nreturn n": "all p",
+        "n, (a, b) = 0, prompts[:2]\nwhile a[n] == b[n] and n < min(len(a), len(b)) - 1:\n    n += 1\nreturn n": "all",
         "pass": "return the number",
     },
 }
