@@ -267,7 +267,8 @@ def slopes(table: pd.DataFrame, *, xlabel: str, ylabel: str) -> Figure:
         drawn, ax = plt.subplots(figsize=(5.5, 3.4))
         places = range(len(table.columns))
         for i, (name, values) in enumerate(table.iterrows()):
-            ax.plot(places, values, "o-", color=COLOURS[i % len(COLOURS)], lw=1, markersize=4, alpha=0.7, label=name)
+            form = f"{'o^D'[i // len(COLOURS) % 3]}-"  # a colour that comes again has another marker
+            ax.plot(places, values, form, color=COLOURS[i % len(COLOURS)], lw=1, markersize=4, alpha=0.7, label=name)
         ax.plot(places, table.mean(), "s-", color="black", lw=2.5, label="mean")
         ax.set(xticks=places, xticklabels=table.columns, xlim=(-0.15, len(places) - 0.85))
         ax.set(xlabel=xlabel, ylabel=ylabel)
