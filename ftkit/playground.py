@@ -65,8 +65,9 @@ class ChatBox:
         self.turns: list[dict[str, str]] = []
         self.thread: threading.Thread | None = None
         self._stopped = threading.Event()
-        self.message = Textarea(opening, description="you", layout=WIDE)
-        self.temperature = _slider(FloatSlider, "temperature", 0.7, 0, 2, step=0.1)
+        style = {"description_width": f"{len('temperature')}ch"}
+        self.message = Textarea(opening, description="you", style=style, layout=WIDE)
+        self.temperature = _slider(FloatSlider, "temperature", 0.7, 0, 2, step=0.1, style=style)
         self.conversation, self.status = HTML(), HTML()
         self.send_button = Button(description="Send", button_style="primary")
         self.stop_button = Button(description="Stop", disabled=True, tooltip="end the answer here")

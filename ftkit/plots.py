@@ -199,6 +199,7 @@ def studies(
         f"{name.replace('_', ' ')}: {', '.join(f'{value:g} {mean:.2f}' for value, mean in summary['mean'].items())}"
         for name, summary in summaries.items()
     ]
+    told += [f"{reference[0]} {reference[1]:.2f}"] if reference else []
     table = pd.concat(summaries, names=["method"])[["mean", "low", "high", "seeds"]]
     return Figure(drawn, f"{score.capitalize()} by {xlabel}, mean over seeds. {'; '.join(told)}.", table)
 
@@ -260,15 +261,17 @@ def bars(values: pd.Series, *, xlabel: str) -> Figure:
     return Figure(drawn, f"{xlabel[0].upper()}{xlabel[1:]}: {told}.", values.to_frame(xlabel))
 
 
-def slopes(table: pd.DataFrame, *, ylabel: str) -> Figure:
+def slopes(table: pd.DataFrame, *, xlabel: str, ylabel: str) -> Figure:
     """How each row's value changes from one column to the next, a line a row, the mean of all beside them."""
     with plt.rc_context(STYLE):
         drawn, ax = plt.subplots(figsize=(5.5, 3.4))
         places = range(len(table.columns))
         for i, (name, values) in enumerate(table.iterrows()):
-            ax.plot(places, values, "o-", color=COLOURS[i % len(COLOURS)], lw=1, markersize=4, alpha=0.7, label=name)
+            form = f"{'o^D'[i // len(COLOURS) % 3]}-"  # a colour that comes again has another marker
+            ax.plot(places, values, form, color=COLOURS[i % len(COLOURS)], lw=1, markersize=4, alpha=0.7, label=name)
         ax.plot(places, table.mean(), "s-", color="black", lw=2.5, label="mean")
-        ax.set(xticks=places, xticklabels=table.columns, ylabel=ylabel, xlim=(-0.15, len(places) - 0.85))
+        ax.set(xticks=places, xticklabels=table.columns, xlim=(-0.15, len(places) - 0.85))
+        ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     means = ", ".join(f"{column} {value:.2f}" for column, value in table.mean().items())
     return Figure(drawn, f"{ylabel[0].upper()}{ylabel[1:]}, a line each; their mean: {means}.", table)

@@ -151,7 +151,7 @@ class Prompting(TextSettings):
     method: Literal["prompt_tuning", "prefix_tuning", "p_tuning", "lora", "encoder_full", "few_shot", "calibrated"] = (
         setting("what the panel trains, or scores", "prompt_tuning")
     )
-    lr: float = setting("peak learning rate of the panel's runs", 3e-2, between=(1e-7, 1), log=True)
+    lr: float = setting("peak learning rate of the panel's runs", 1e-2, between=(1e-7, 1), log=True)
     num_tokens: int = setting("vectors in front of the text", 8, between=(1, 100), unit="tokens")
     rank: int = setting("rank of LoRA's update", 8, between=(1, 256), log=True)
     steps: int = setting(
