@@ -142,7 +142,7 @@ class Prompting(TextSettings):
     test_rows: int = setting(
         "rows every score is measured on", 200, smoke=16, gpu=1000, between=(2, 1_000_000), unit="rows", log=True
     )
-    seed: int = setting("the first seed; the record has 0 to 2", 3, between=(0, 1_000_000))
+    seed: int = setting("the first seed; the record has 0 to 2", 5, between=(0, 1_000_000))
     num_seeds: int = setting("seeds; each draws its own rows", 1, gpu=3, between=(1, 100), unit="seeds")
     template: Literal["heading", "rating", "question", "instruction", "cloze"] = setting(
         "the prompt that is trained with", "heading"
