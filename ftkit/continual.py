@@ -1,26 +1,20 @@
 """Learn tasks one after the other, and measure all of them after each: the accuracy matrix of a strategy."""
 
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ftkit.averaging import snapshot, weight_distance
-from ftkit.callbacks import Checkpoint, History
+from ftkit.callbacks import Callback, History
 from ftkit.gradients import Penalty
-from ftkit.matrix import AccuracyMatrix
+from ftkit.meter import Meter
 from ftkit.multihead import MultiHead
+from ftkit.sequencerun import SequenceFile, SequenceRun
 from ftkit.tasks import Rows
 from ftkit.training import TrainSettings, evaluate, fit
-
-NO_ANSWER = -1  # the prediction for a row whose classes a growing head does not have yet
 
 
 @dataclass
@@ -95,35 +89,6 @@ class Strategy:
         return {"strategy": type(self).__name__, **plain}
 
 
-@dataclass
-class SequenceRun:
-    """What came of a sequence of T tasks.
-
-    Attributes:
-        names: of the tasks.
-        labels: by split, the true classes of each task's rows: T arrays.
-        predictions: by split, what was answered before any training and after each task: T + 1 lists of T arrays.
-        histories: of the training of each task; where nothing was trained, an empty one.
-        distances: of the weights from the start after each task, heads left out.
-    """
-
-    names: list[str]
-    labels: dict[str, list[NDArray[np.int64]]]
-    predictions: dict[str, list[list[NDArray[np.int64]]]]
-    histories: list[History] = field(default_factory=list)
-    distances: list[float] = field(default_factory=list)
-
-    def matrix(self, split: str = "test") -> AccuracyMatrix:
-        """The accuracies on one of the splits that were measured."""
-        accuracies = np.array(
-            [
-                [np.mean(answers == labels) for answers, labels in zip(stage, self.labels[split], strict=True)]
-                for stage in self.predictions[split]
-            ]
-        )
-        return AccuracyMatrix(accuracies[1:], accuracies[0], self.names)
-
-
 def learn_sequence(
     model: MultiHead,
     tasks: Sequence[Mapping[str, Rows]],
@@ -132,6 +97,7 @@ def learn_sequence(
     *,
     splits: Sequence[str] = ("test",),
     folder: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> SequenceRun:
     """Train a model on one task after the other, and measure it on all of them before the first and after each.
 
@@ -146,6 +112,7 @@ def learn_sequence(
         splits: to measure on.
         folder: to keep the state in after each task and, of the one in training, every 100 steps and each epoch. The
             same call goes on from it, if it was killed at whatever moment, and gives the same run. None keeps nothing.
+        callbacks: for the training of each task.
 
     Raises:
         ValueError: tasks that are not the model's, a split they lack, label smoothing with several heads, a folder
@@ -162,29 +129,31 @@ def learn_sequence(
                 raise ValueError(f"The task {name} has no rows of the split {split!r}: give some, or other splits.")
     if settings.label_smoothing and (model.growing or len(model.columns) > 1):
         raise ValueError("label_smoothing would ask for classes that a row is not scored among: set it to 0.")
-    memory = _Record(folder, model, tasks, strategy, settings, splits)
+    memory = SequenceFile(folder, model, tasks, strategy, settings, splits)
     strategy.set_up(model)
     heads = model.head_parameters()
     start = {name: weights for name, weights in snapshot(model).items() if name not in heads}
-    labels = {split: [np.array([row["labels"] for row in task[split]]) for task in tasks] for split in splits}
-    run = SequenceRun(model.task_names, labels, {split: [] for split in splits})
+    run = SequenceRun(model.task_names, {split: [] for split in splits})
     if not memory.resume(model, strategy, run):
         model.seen = 0
         _measure(model, tasks, strategy, run)
     for index in range(len(run.histories), len(tasks)):
         task = tasks[index]
         stage = Stage(model, tasks, index, settings, task["train"], task.get("validation", []), [], index + 1)
-        strategy.before(stage)
-        model.seen = stage.seen
-        run.histories.append(_train(stage, memory.checkpoint(index)))
-        strategy.after(stage)
+        with Meter() as cost:
+            strategy.before(stage)
+            model.seen = stage.seen
+            history = _train(stage, [*memory.checkpoint(index), *callbacks])
+            strategy.after(stage)
+        history.seconds, history.peak_rss_mib = cost.seconds, cost.peak_rss_mib
+        run.histories.append(history)
         run.distances.append(strategy.distance(model, start))
         _measure(model, tasks, strategy, run)
         memory.write(model, strategy, run)
     return run
 
 
-def _train(stage: Stage, callbacks: list[Checkpoint]) -> History:
+def _train(stage: Stage, callbacks: Sequence[Callback]) -> History:
     if not stage.rows:
         return History()
     trained = {int(row["task"]) for row in stage.rows} | set(range(stage.index if stage.old_heads else 0))
@@ -203,95 +172,10 @@ def _train(stage: Stage, callbacks: list[Checkpoint]) -> History:
 
 def _measure(model: MultiHead, tasks: Sequence[Mapping[str, Rows]], strategy: Strategy, run: SequenceRun) -> None:
     """Add to the run what the model answers now."""
-    for split, stages in run.predictions.items():
-        answers = []
+    for split, stages in run.evaluations.items():
+        stages.append([])
         for number, task in enumerate(tasks):
-            if model.growing and number >= model.seen:
-                answers.append(np.full(len(task[split]), NO_ANSWER))
-                continue
-            strategy.activate(model, number)
-            answers.append(evaluate(model, task[split]).predictions)
-        stages.append(answers)
-
-
-class _Record:
-    """The state of a sequence in a folder, replaced after each task in one move."""
-
-    def __init__(
-        self,
-        folder: str | Path | None,
-        model: MultiHead,
-        tasks: Sequence[Mapping[str, Rows]],
-        strategy: Strategy,
-        settings: TrainSettings,
-        splits: Sequence[str],
-    ) -> None:
-        self.folder = None if folder is None else Path(folder)
-        if self.folder is None:
-            return
-        self.path = self.folder / "sequence.pt"
-        rows = [row for task in tasks for split in ("train", "validation", *splits) for row in task.get(split, [])]
-        self.identity = {
-            **strategy.identity(),
-            **settings.model_dump(),
-            "splits": list(splits),
-            "starting weights": _digest(model.state_dict().values()),
-            "rows": _digest(value for row in rows for value in row.values()),
-        }
-
-    def checkpoint(self, index: int) -> list[Checkpoint]:
-        """For the training of one task."""
-        return [] if self.folder is None else [Checkpoint(self.folder / f"task_{index}.pt")]
-
-    def resume(self, model: MultiHead, strategy: Strategy, run: SequenceRun) -> bool:
-        """Go back to the end of the last task that was learned, if there is one."""
-        if self.folder is None or not self.path.exists():
-            return False
-        state = torch.load(self.path, weights_only=True)
-        for name, value in self.identity.items():
-            if state["identity"].get(name) != value:
-                raise ValueError(
-                    f"The folder {self.folder.name} holds a run with {name}={state['identity'].get(name)}, "
-                    f"this one has {value}: give another folder, or delete it to start anew."
-                )
-        model.load_state_dict(state["model"])
-        strategy.load_state_dict(state["strategy"])
-        run.histories = [History(**history) for history in state["histories"]]
-        run.distances = state["distances"]
-        for split, stages in state["predictions"].items():
-            run.predictions[split] = [[answers.numpy() for answers in stage] for stage in stages]
-        model.seen = state["seen"]
-        print(f"Resumed after {len(run.histories)} of {len(run.names)} tasks.")
-        return True
-
-    def write(self, model: MultiHead, strategy: Strategy, run: SequenceRun) -> None:
-        if self.folder is None:
-            return
-        predictions = {
-            split: [[torch.from_numpy(answers) for answers in stage] for stage in stages]
-            for split, stages in run.predictions.items()
-        }
-        state = {
-            "identity": self.identity,
-            "model": model.state_dict(),
-            "strategy": strategy.state_dict(),
-            "histories": [asdict(history) for history in run.histories],
-            "distances": run.distances,
-            "predictions": predictions,
-            "seen": model.seen,
-        }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
-        torch.save(state, partial)
-        partial.replace(self.path)
-        for checkpoint in self.folder.glob("task_*.pt"):  # of tasks that are learned
-            checkpoint.unlink()
-
-
-def _digest(values: Any) -> str:
-    """A short fingerprint of numbers."""
-    digest = hashlib.sha256()
-    for value in values:
-        array = value.detach().float().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:12]
+            known = not model.growing or number < model.seen
+            if known:
+                strategy.activate(model, number)
+            stages[-1].append(evaluate(model, task[split]) if known else None)

@@ -50,6 +50,16 @@ class AccuracyMatrix:
         return float(self.R.diagonal().mean())
 
     @cached_property
+    def new_accuracy(self) -> float:
+        """Accuracy in the end on the task learned last: R[T, T]."""
+        return float(self.R[-1, -1])
+
+    @cached_property
+    def old_accuracy(self) -> float:
+        """Mean accuracy in the end on the tasks learned before it: mean over j < T of R[T, j]."""
+        return float(self.R[-1, :-1].mean())
+
+    @cached_property
     def backward_transfer(self) -> float:
         """What later training did to the tasks learned before it: mean over i < T of R[T, i] - R[i, i].
 

@@ -6,6 +6,7 @@ import torch
 from sequences import encode, make_model, make_sequence
 
 from ftkit.averaging import snapshot, weight_distance
+from ftkit.callbacks import Callback
 from ftkit.continual import Strategy, learn_sequence
 from ftkit.penalties import add_old_logits
 from ftkit.strategies import (
@@ -79,10 +80,11 @@ def test_nothing_is_forgotten_where_nothing_is_shared():
     for name in ("frozen", "lora_per_task"):
         _, run = run_one(make_strategy(name))
         for task in range(3):
-            for later in run.predictions["test"][task + 2 :]:
-                assert np.array_equal(later[task], run.predictions["test"][task + 1][task]), name
+            just, *later = (stage[task].predictions for stage in run.evaluations["test"][task + 1 :])
+            assert all(np.array_equal(predictions, just) for predictions in later), name
         changed = [
-            not np.array_equal(run.predictions["test"][0][task], run.predictions["test"][-1][task]) for task in range(3)
+            not np.array_equal(before.predictions, last.predictions)
+            for before, last in zip(run.evaluations["test"][0], run.evaluations["test"][-1], strict=True)
         ]
         assert any(changed), name  # it does learn
 
@@ -242,9 +244,41 @@ def test_an_interrupted_task_ends_the_sequence():
 
 def test_several_splits_are_measured():
     _, run = run_one(Strategy(), splits=("validation", "test"))
-    assert [len(labels) for labels in run.labels["validation"]] == [8, 8, 8]
-    assert [len(labels) for labels in run.labels["test"]] == [12, 12, 12]
+    assert [len(part.labels) for part in run.evaluations["validation"][0]] == [8, 8, 8]
+    assert [len(part.labels) for part in run.evaluations["test"][0]] == [12, 12, 12]
     assert run.matrix("validation").names == ["task 0", "task 1", "task 2"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_in_the_end_is_measured_on_all_tasks_together(kind):
+    model, run = run_one(Strategy(), kind)
+    together = run.evaluation()
+    assert together.accuracy == pytest.approx(run.matrix().average_accuracy)  # all tasks have as many rows
+    assert len(together.labels) == 36
+    expected = evaluate(model, [row for task in encode(make_sequence(kind)) for row in task["test"]])
+    assert np.array_equal(together.labels, expected.labels)
+    assert np.allclose(together.probabilities, expected.probabilities, atol=1e-6)
+    assert together.loss == pytest.approx(expected.loss, abs=1e-5)
+
+
+def test_the_histories_are_one_history_and_callbacks_see_each_task():
+    class Counter(Callback):
+        starts = steps = 0
+
+        def on_start(self, run):
+            self.starts += 1
+
+        def on_step(self, run):
+            self.steps += 1
+
+    counter = Counter()
+    _, run = run_one(Strategy(), callbacks=[counter])
+    assert (counter.starts, counter.steps) == (3, 18)
+    assert [step["step"] for step in run.history.steps] == list(range(1, 19))
+    assert [epoch["epoch"] for epoch in run.history.epochs] == list(range(1, 7))
+    assert run.history.steps[6]["loss"] == run.histories[1].steps[0]["loss"]
+    assert run.history.seconds == sum(history.seconds for history in run.histories) > 0
+    assert run.history.ended == "finished"
 
 
 def test_what_can_not_be_learned_is_refused():
