@@ -1,7 +1,7 @@
 """Sequences of tasks to be learned one after the other: a head each, one head for all, or one head that grows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,26 @@ class TaskSequence:
         classes = {task.head: task.classes for task in self.tasks}
         return [f"{head}: {name}" if len(classes) > 1 else name for head in classes for name in classes[head]]
 
+    def draw(self, *, train: int, validation: int, test: int, seed: int) -> "TaskSequence":
+        """The same tasks with at most so many rows of each split.
+
+        Args:
+            train: rows of each task to learn from, drawn by the seed.
+            validation, test: rows of each task, the first ones: the same for every seed.
+            seed: of the draw.
+        """
+        tasks = []
+        for task in self.tasks:
+            splits = {**task.splits, "train": task.splits["train"].shuffle(seed=seed)}
+            sizes = {"train": train, "validation": validation, "test": test}
+            fewer = {split: splits[split].take(min(size, len(splits[split]))) for split, size in sizes.items()}
+            tasks.append(replace(task, splits=fewer))
+        return replace(self, tasks=tuple(tasks))
+
+    def reversed(self) -> "TaskSequence":
+        """The same tasks, the last one first."""
+        return replace(self, tasks=self.tasks[::-1])
+
     def encode(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 128) -> list[dict[str, Rows]]:
         """The rows of each task by split, as ``fit`` takes them.
 
@@ -105,64 +125,34 @@ class TaskSequence:
         return encoded
 
 
-def many_tasks(
-    sources: Sequence[str | Path] = MANY_TASKS,
-    *,
-    train: int | None = None,
-    validation: int | None = None,
-    test: int | None = None,
-    seed: int = 0,
-) -> TaskSequence:
-    """Different tasks, with a head each.
+def many_tasks(sources: Sequence[str | Path] = MANY_TASKS) -> TaskSequence:
+    """Different tasks, with a head each, and all their rows.
 
     Args:
         sources: what ``load_text`` reads: assets, files of the reader's, hub data sets.
-        train, validation, test: rows of each task; None for all there are.
-        seed: as for ``load_text``.
 
     Raises:
         DataError: as ``load_text``, and as TaskSequence.
     """
-    sizes = {"train": train, "validation": validation, "test": test}
-    tasks = [Task(Path(source).name, data.load_text(source, **sizes, seed=seed), str(source)) for source in sources]
-    return TaskSequence(tuple(tasks))
+    return TaskSequence(tuple(Task(_name(source), data.load_text(source), str(source)) for source in sources))
 
 
-def many_domains(
-    sources: Sequence[str | Path] = MANY_DOMAINS,
-    *,
-    train: int | None = None,
-    validation: int | None = None,
-    test: int | None = None,
-    seed: int = 0,
-) -> TaskSequence:
-    """One task in different domains, with one head for all; arguments as for ``many_tasks``."""
-    sizes = {"train": train, "validation": validation, "test": test}
-    tasks = [Task(Path(source).name, data.load_text(source, **sizes, seed=seed), "all") for source in sources]
-    return TaskSequence(tuple(tasks))
+def many_domains(sources: Sequence[str | Path] = MANY_DOMAINS) -> TaskSequence:
+    """One task in different domains, with one head for all; arguments and errors as of ``many_tasks``."""
+    return TaskSequence(tuple(Task(_name(source), data.load_text(source), "all") for source in sources))
 
 
-def growing_classes(
-    source: str | Path = "newsgroups",
-    num_tasks: int = 5,
-    *,
-    train: int | None = None,
-    validation: int | None = None,
-    test: int | None = None,
-    seed: int = 0,
-) -> TaskSequence:
+def growing_classes(source: str | Path = "newsgroups", num_tasks: int = 5) -> TaskSequence:
     """The classes of one data set in equal parts, one part a task, with one head that grows.
 
     Args:
         source: what ``load_text`` reads.
         num_tasks: parts, of consecutive classes.
-        train, validation, test: rows of each part; None for all there are.
-        seed: as for ``load_text``.
 
     Raises:
-        DataError: the classes do not divide by ``num_tasks`` into parts of two or more, or a part has too few rows.
+        DataError: as ``load_text``; the classes do not divide into parts of two or more.
     """
-    whole = data.load_text(source, seed=seed)
+    whole = data.load_text(source)
     names = whole["train"].features["label"].names
     size, rest = divmod(len(names), num_tasks)
     if rest or size < 2:
@@ -170,26 +160,19 @@ def growing_classes(
     tasks = []
     for start in range(0, len(names), size):
         part = names[start : start + size]
-        splits = {
-            split: _part(whole[split], start, part, wanted, str(source))
-            for split, wanted in (("train", train), ("validation", validation), ("test", test))
-        }
         name = f"{part[0]} to {part[-1]}"
-        tasks.append(Task(name, splits, name))
+        tasks.append(Task(name, {split: _part(rows, start, part) for split, rows in whole.items()}, name))
     return TaskSequence(tuple(tasks), growing=True)
 
 
-def _part(
-    rows: datasets.Dataset, start: int, names: Sequence[str], wanted: int | None, source: str
-) -> datasets.Dataset:
+def _name(source: str | Path) -> str:
+    return Path(source).name
+
+
+def _part(rows: datasets.Dataset, start: int, names: Sequence[str]) -> datasets.Dataset:
     """The rows of these consecutive classes, the first of which is number ``start``, with labels from 0."""
     labels = [label - start for label in rows["label"]]
     chosen = [i for i, label in enumerate(labels) if 0 <= label < len(names)]
-    if wanted is not None and not 1 <= wanted <= len(chosen):
-        raise DataError(
-            f"{source} has {len(chosen):,} rows of {', '.join(names)}: ask for 1 to {len(chosen)}, not {wanted}"
-        )
-    chosen = chosen[:wanted]
-    columns = {"text": [rows[i]["text"] for i in chosen], "label": [labels[i] for i in chosen]}
+    columns = {"text": rows.select(chosen)["text"][:], "label": [labels[i] for i in chosen]}
     features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(names))}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

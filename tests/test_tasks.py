@@ -19,7 +19,7 @@ def write(folder, name, classes, rows_a_class=20):
 
 def test_files_become_tasks_with_a_head_each(tmp_path):
     paths = [write(tmp_path, "films", ["bad", "good"]), write(tmp_path, "news", ["art", "bad", "sport"])]
-    sequence = many_tasks(paths, train=10, validation=4, test=5)
+    sequence = many_tasks(paths).draw(train=10, validation=4, test=5, seed=0)
     assert sequence.names == ["films.csv", "news.csv"]
     assert list(sequence.heads.values()) == [2, 3]
     assert len(set(sequence.class_names)) == 5
@@ -30,7 +30,7 @@ def test_files_become_tasks_with_a_head_each(tmp_path):
 
 def test_domains_share_a_head_and_must_share_their_classes(tmp_path):
     paths = [write(tmp_path, name, ["bad", "good"]) for name in ("films", "books")]
-    sequence = many_domains(paths, train=10)
+    sequence = many_domains(paths)
     assert sequence.heads == {"all": 2}
     assert sequence.class_names == ["bad", "good"]
     with pytest.raises(DataError, match="give each a head of its own, with many_tasks"):
@@ -39,7 +39,7 @@ def test_domains_share_a_head_and_must_share_their_classes(tmp_path):
 
 def test_classes_come_in_equal_parts(tmp_path):
     path = write(tmp_path, "news", list("abcdef"))
-    sequence = growing_classes(path, 3, train=12, test=8)
+    sequence = growing_classes(path, 3)
     assert sequence.names == ["a to b", "c to d", "e to f"]
     assert sequence.growing
     assert sequence.class_names == ["a to b: a", "a to b: b", "c to d: c", "c to d: d", "e to f: e", "e to f: f"]
@@ -48,11 +48,32 @@ def test_classes_come_in_equal_parts(tmp_path):
         for row in task.splits["train"]:
             assert row["text"].split()[2] == task.classes[row["label"]]
         assert set(task.splits["train"]["label"]) == {0, 1}
-        assert [len(task.splits[split]) for split in ("train", "test")] == [12, 8]
+        assert [len(task.splits[split]) for split in ("train", "validation", "test")] == [28, 4, 8]
     with pytest.raises(DataError, match="do not make 4 equal parts"):
         growing_classes(path, 4)
-    with pytest.raises(DataError, match="has 28 rows of a, b: ask for 1 to 28, not 29"):
-        growing_classes(path, 3, train=29)
+
+
+def test_a_seed_draws_the_rows_to_learn_from_and_no_others():
+    sequence = make_sequence()
+    sizes = {"train": 10, "validation": 4, "test": 100}
+    first, again, other = (sequence.draw(**sizes, seed=seed) for seed in (0, 0, 1))
+    for given, a, b, c in zip(sequence.tasks, first.tasks, again.tasks, other.tasks, strict=True):
+        assert [len(a.splits[split]) for split in SIZES] == [10, 4, 12]  # there are no more
+        drawn, same, different = (task.splits["train"]["text"][:] for task in (a, b, c))
+        assert drawn == same != different
+        assert set(drawn) <= set(given.splits["train"]["text"])
+        for split in ("validation", "test"):
+            texts = a.splits[split]["text"][:]
+            assert texts == c.splits[split]["text"][:] == given.splits[split]["text"][: len(texts)]
+
+
+def test_the_order_can_be_turned_around():
+    sequence = make_sequence("growing")
+    assert sequence.reversed().names == sequence.names[::-1]
+    assert sequence.reversed().growing
+    assert sequence.reversed().class_names == [
+        name for head in ("head 2", "head 1", "head 0") for name in sequence.class_names if name.startswith(head)
+    ]
 
 
 def test_rows_tell_their_task_and_their_class_among_all():
