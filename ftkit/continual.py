@@ -11,6 +11,7 @@ from ftkit.averaging import snapshot, weight_distance
 from ftkit.callbacks import Callback, History
 from ftkit.gradients import Penalty
 from ftkit.meter import Meter
+from ftkit.metrics import Evaluation
 from ftkit.multihead import MultiHead
 from ftkit.sequencerun import SequenceFile, SequenceRun
 from ftkit.tasks import Rows
@@ -136,7 +137,8 @@ def learn_sequence(
     run = SequenceRun(model.task_names, {split: [] for split in splits})
     if not memory.resume(model, strategy, run):
         model.seen = 0
-        _measure(model, tasks, strategy, run)
+        for split, stages in run.evaluations.items():
+            stages.append(measure(model, tasks, strategy, split))
     for index in range(len(run.histories), len(tasks)):
         task = tasks[index]
         stage = Stage(model, tasks, index, settings, task["train"], task.get("validation", []), [], index + 1)
@@ -148,7 +150,8 @@ def learn_sequence(
         history.seconds, history.peak_rss_mib = cost.seconds, cost.peak_rss_mib
         run.histories.append(history)
         run.distances.append(strategy.distance(model, start))
-        _measure(model, tasks, strategy, run)
+        for split, stages in run.evaluations.items():
+            stages.append(measure(model, tasks, strategy, split) if history.steps else stages[-1])
         memory.write(model, strategy, run)
     return run
 
@@ -170,12 +173,19 @@ def _train(stage: Stage, callbacks: Sequence[Callback]) -> History:
     return history
 
 
-def _measure(model: MultiHead, tasks: Sequence[Mapping[str, Rows]], strategy: Strategy, run: SequenceRun) -> None:
-    """Add to the run what the model answers now."""
-    for split, stages in run.evaluations.items():
-        stages.append([])
-        for number, task in enumerate(tasks):
-            known = not model.growing or number < model.seen
-            if known:
-                strategy.activate(model, number)
-            stages[-1].append(evaluate(model, task[split]) if known else None)
+def measure(
+    model: MultiHead, tasks: Sequence[Mapping[str, Rows]], strategy: Strategy, split: str = "test"
+) -> list[Evaluation | None]:
+    """What the model answers now, a task an evaluation; None where a growing head lacks the classes of a task.
+
+    Args:
+        model, tasks, strategy: as for ``learn_sequence``.
+        split: of the tasks.
+    """
+    evaluations = []
+    for number, task in enumerate(tasks):
+        known = not model.growing or number < model.seen
+        if known:
+            strategy.activate(model, number)
+        evaluations.append(evaluate(model, task[split]) if known else None)
+    return evaluations

@@ -34,6 +34,11 @@ class Outcome:
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
+def mean_figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """The further figures of one method's runs, each the mean over them."""
+    return {name: sum(outcome.figures[name] for outcome in outcomes) / len(outcomes) for name in outcomes[0].figures}
+
+
 def method_entry(
     evaluations: "Sequence[Evaluation]", costs: Sequence[Any], *, seeds: Sequence[int], trainable_parameters: int
 ) -> dict[str, Any]:

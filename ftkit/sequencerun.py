@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ftkit.callbacks import Checkpoint, History
 from ftkit.matrix import AccuracyMatrix
-from ftkit.metrics import Evaluation
+from ftkit.metrics import Evaluation, pooled
 from ftkit.multihead import MultiHead
 from ftkit.tasks import Rows
 from ftkit.training import TrainSettings
@@ -48,10 +48,7 @@ class SequenceRun:
 
     def evaluation(self, split: str = "test") -> Evaluation:
         """Of the model in the end, on the rows of all tasks together."""
-        parts = self.evaluations[split][-1]
-        loss = np.average([part.loss for part in parts], weights=[len(part.labels) for part in parts])
-        labels, probabilities = ([getattr(part, name) for part in parts] for name in ("labels", "probabilities"))
-        return Evaluation(np.concatenate(labels), np.concatenate(probabilities), float(loss))
+        return pooled(self.evaluations[split][-1])
 
     @property
     def history(self) -> History:
