@@ -105,3 +105,27 @@ def plane(points: pd.DataFrame, *, reference: Mapping[str, tuple[float, float]] 
     told += [f"{name.replace('_', ' ')}: new {new:.2f} old {old:.2f}" for name, (new, old) in reference.items()]
     table = points.set_index(["strategy", "strength"])
     return Figure(drawn, f"New against old accuracy by strategy and strength. {'; '.join(told)}.", table)
+
+
+def dots(runs: pd.DataFrame, x: str, y: str, *, xlabel: str) -> Figure:
+    """One figure of each run against another, a dot a run, a colour and a shape for each strategy.
+
+    Args:
+        runs: a row a run, with the columns ``strategy``, x and y.
+        x, y: names of the figures.
+        xlabel: what x is, with its unit.
+    """
+    ylabel = y.replace("_", " ")
+    with plt.rc_context(STYLE):
+        drawn, ax = plt.subplots(figsize=(7.5, 4))
+        for i, (name, of_strategy) in enumerate(runs.groupby("strategy", sort=False)):
+            look = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
+            ax.scatter(of_strategy[x], of_strategy[y], s=26, label=str(name).replace("_", " "), **look)
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    told = ", ".join(
+        f"{str(name).replace('_', ' ')} {mean[y]:.2f} at {mean[x]:.3g}"
+        for name, mean in runs.groupby("strategy", sort=False)[[x, y]].mean().iterrows()
+    )
+    alt = f"{ylabel[0].upper()}{ylabel[1:]} by {xlabel}, {len(runs)} runs; means: {told}."
+    return Figure(drawn, alt, runs[["strategy", x, y]].set_index("strategy"))

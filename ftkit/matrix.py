@@ -94,9 +94,11 @@ class AccuracyMatrix:
         return np.array([self.R[i, : i + 1].mean() for i in range(len(self.names))])
 
     def metrics(self) -> dict[str, float]:
-        """The five figures, for metrics.json."""
+        """The figures by name, for metrics.json."""
         return {
             "average_accuracy": self.average_accuracy,
+            "new_accuracy": self.new_accuracy,
+            "old_accuracy": self.old_accuracy,
             "learning_accuracy": self.learning_accuracy,
             "forgetting": self.forgetting,
             "backward_transfer": self.backward_transfer,

@@ -20,6 +20,7 @@ FIGURES = {
     "heat_map": lambda: continual_plots.heat_map(MATRIX),
     "over_time": lambda: continual_plots.over_time(MATRIX),
     "seen_over_time": lambda: continual_plots.seen_over_time({"naive": MATRIX, "low_rate": MATRIX}),
+    "dots": lambda: continual_plots.dots(POINTS, "new", "old", xlabel="accuracy on the new one"),
     "plane": lambda: continual_plots.plane(POINTS, reference={"naive": (0.9, 0.3)}),
 }
 
@@ -57,3 +58,9 @@ def test_a_strategy_is_a_curve_from_weak_to_strong(monkeypatch):
     assert curve.get_xydata().tolist() == [[0.9, 0.3], [0.5, 0.8]]
     assert [text.get_text() for text in seen[0].axes[0].texts] == ["1", "100", "0.1"]
     plt.close("all")
+
+
+def test_each_run_is_a_dot():
+    figure = FIGURES["dots"]()
+    assert figure.table.loc["ewc"].to_numpy().tolist() == [[0.5, 0.8], [0.9, 0.3]]
+    assert "Old by accuracy on the new one, 3 runs; means: ewc 0.55 at 0.7, low rate 0.60 at 0.7." in figure.alt

@@ -18,6 +18,7 @@ def test_metrics_of_three_tasks_by_hand():
     assert matrix.forgetting_by_task == pytest.approx([0.9 - 0.7, 0.8 - 0.5])
     assert matrix.forgetting == pytest.approx(0.25)
     assert matrix.seen_accuracy == pytest.approx([0.9, 0.7, 0.7])
+    assert (matrix.new_accuracy, matrix.old_accuracy) == pytest.approx((0.9, 0.6))
     assert matrix.metrics()["forgetting"] == matrix.forgetting
 
 
