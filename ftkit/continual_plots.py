@@ -10,6 +10,7 @@ from ftkit.matrix import AccuracyMatrix
 from ftkit.plots import COLOURS, STYLE, Figure
 
 MARKERS = "osD^v<>"
+REFERENCES = ({"marker": "*", "color": "black"}, {"marker": "*", "color": "0.55"}, {"marker": "P", "color": "black"})
 
 
 def heat_map(matrix: AccuracyMatrix) -> Figure:
@@ -65,7 +66,7 @@ def seen_over_time(matrices: Mapping[str, AccuracyMatrix]) -> Figure:
     with plt.rc_context(STYLE):
         drawn, ax = plt.subplots(figsize=(7.5, 3.8))
         for i, (name, curve) in enumerate(curves.items()):
-            look = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
+            look = _look(i)
             ax.plot(range(len(names)), curve, lw=1.4, markersize=6, label=name, **look)
         ax.set_xticks(range(len(names)), names, rotation=20, ha="right")
         ax.set(xlabel="after training on", ylabel="mean accuracy on the tasks so far")
@@ -80,21 +81,22 @@ def plane(points: pd.DataFrame, *, reference: Mapping[str, tuple[float, float]] 
     Args:
         points: a row a strategy and strength, with the columns ``strategy``, ``strength``, ``new`` (accuracy on what
             was just learned) and ``old`` (accuracy on what was learned before).
-        reference: by name, (new, old) of strategies without a strength, each drawn as a star.
+        reference: by name, (new, old) of strategies without a strength, each drawn as a large black or grey mark.
     """
     reference = reference or {}
     with plt.rc_context(STYLE):
         drawn, ax = plt.subplots(figsize=(7.5, 4.6))
         for i, (name, curve) in enumerate(points.groupby("strategy", sort=False)):
             curve = curve.sort_values("strength")
-            look = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
+            look = _look(i)
             ax.plot(curve["new"], curve["old"], lw=1.2, markersize=5, label=str(name).replace("_", " "), **look)
             weak, strong = curve.iloc[0], curve.iloc[-1]
             for end in [weak] if len(curve) == 1 else [weak, strong]:
                 place = (end["new"], end["old"])
                 ax.annotate(f"{end['strength']:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
         for i, (name, (new, old)) in enumerate(reference.items()):
-            ax.plot(new, old, "*", color=("black", "0.5")[i % 2], markersize=14, label=name.replace("_", " "))
+            look = REFERENCES[i % len(REFERENCES)]
+            ax.plot(new, old, linestyle="", markersize=13, label=name.replace("_", " "), **look)
         ax.set(xlabel="accuracy on the task just learned", ylabel="accuracy on the tasks learned before")
         ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     told = [
@@ -119,8 +121,7 @@ def dots(runs: pd.DataFrame, x: str, y: str, *, xlabel: str) -> Figure:
     with plt.rc_context(STYLE):
         drawn, ax = plt.subplots(figsize=(7.5, 4))
         for i, (name, of_strategy) in enumerate(runs.groupby("strategy", sort=False)):
-            look = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
-            ax.scatter(of_strategy[x], of_strategy[y], s=26, label=str(name).replace("_", " "), **look)
+            ax.scatter(of_strategy[x], of_strategy[y], s=26, label=str(name).replace("_", " "), **_look(i))
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     told = ", ".join(
@@ -129,3 +130,9 @@ def dots(runs: pd.DataFrame, x: str, y: str, *, xlabel: str) -> Figure:
     )
     alt = f"{ylabel[0].upper()}{ylabel[1:]} by {xlabel}, {len(runs)} runs; means: {told}."
     return Figure(drawn, alt, runs[["strategy", x, y]].set_index("strategy"))
+
+
+def _look(i: int) -> dict[str, str]:
+    """Colour and marker of the i-th strategy; a colour that comes again has another marker."""
+    again = i // len(COLOURS)
+    return {"marker": MARKERS[(i + again) % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
