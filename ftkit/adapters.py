@@ -106,7 +106,12 @@ def merge(model: PeftModel) -> PreTrainedModel:
     """The plain transformers model that computes what this one does with its active adapter, weights added in.
 
     The model given stays as it is, with all its adapters; in the one returned everything can train.
+
+    Raises:
+        ValueError: a soft prompt, which is no change of weights.
     """
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError("A soft prompt can't be merged, for it changes no weight: save it with save_adapter.")
     copied = copy.deepcopy(model)
     base = copied.get_base_model()
     for name in anatomy.head_names(base):  # by hand, for with IA3 peft unwraps only heads of one layer
@@ -117,9 +122,9 @@ def merge(model: PeftModel) -> PreTrainedModel:
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> Path:
-    """Save the active adapter and its head as peft does, and beside them the names of the classes.
+    """Save the active adapter, or soft prompt, and its head as peft does, and beside them the names of its classes.
 
-    Plain peft loads it: ``PeftModel.from_pretrained(base, folder)``.
+    Plain peft loads it: ``PeftModel.from_pretrained(base, folder)``. A language model's adapter has no classes.
 
     Returns:
         Where it is: the folder, which is made if need be; for an adapter with a name, as in peft, the folder of that
@@ -133,7 +138,10 @@ def save_adapter(model: PeftModel, folder: str | Path) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     # peft would ask the hub whether the vocabulary has grown, to save the embeddings too
     model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
-    (place / LABELS_FILE).write_text(json.dumps(class_names(model.config)) + "\n", encoding="utf-8")
+    if anatomy.head_names(_base(model)):
+        (place / LABELS_FILE).write_text(json.dumps(class_names(model.config)) + "\n", encoding="utf-8")
+    else:
+        (place / LABELS_FILE).unlink(missing_ok=True)  # of an adapter that was saved here before
     return place
 
 
@@ -141,7 +149,7 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, *, name
     """Put a saved adapter with its head onto the base it was trained on; it is active and can train on.
 
     Args:
-        model: the base, with a head for as many classes; or one that has adapters already.
+        model: the base, with a head for as many classes if the adapter has some; or one that has adapters already.
         folder: what ``save_adapter``, or peft, wrote.
         name: what the adapter is called from now on.
 
@@ -158,13 +166,15 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, *, name
             f"{len(class_names(model.config))}: load the model with these classes."
         )
     _require_free(model, name)
+    # peft refuses to call a soft prompt trainable, for that of P-tuning has lost its network; its embeddings do train
+    trainable = not PeftConfig.from_pretrained(folder).is_prompt_learning
     try:
         if isinstance(model, PeftModel):
-            model.load_adapter(folder, name, is_trainable=True)
+            model.load_adapter(folder, name, is_trainable=trainable)
             model.set_adapter(name)
             loaded = model
         else:
-            loaded = PeftModel.from_pretrained(model, folder, name, is_trainable=True)
+            loaded = PeftModel.from_pretrained(model, folder, name, is_trainable=trainable)
     except (RuntimeError, ValueError, SafetensorError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(

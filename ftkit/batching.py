@@ -10,6 +10,7 @@ from torch import nn
 
 from ftkit.data import collate
 
+IGNORED = -100  # as a label, in PyTorch and transformers: no class or token, it does not count
 POOL_BATCHES = 50  # sorted together: enough to waste little padding, few enough to stay random in a large set
 
 
@@ -66,9 +67,15 @@ def evaluation_batches(lengths: NDArray[np.int64], batch_size: int) -> Iterator[
     return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
 
 
-def row_labels(rows: Any) -> list[int]:
-    """The label of each row."""
-    return list(rows["labels"]) if hasattr(rows, "column_names") else [int(row["labels"]) for row in rows]
+def row_labels(rows: Any) -> list[Any]:
+    """The label of each row, its class; or its labels, a list, where each of its tokens has one."""
+    column = rows["labels"] if hasattr(rows, "column_names") else (row["labels"] for row in rows)
+    return [np.asarray(label).tolist() for label in column]
+
+
+def has_token_labels(rows: Any) -> bool:
+    """Whether a row has a list of labels, one a token, and no class."""
+    return len(rows) > 0 and np.ndim(rows[0]["labels"]) > 0
 
 
 def make_batch(
@@ -86,5 +93,5 @@ def make_batch(
     numbers = indices.tolist()
     # a datasets.Dataset gives many rows in one call, far faster than one by one
     chosen = rows.__getitems__(numbers) if hasattr(rows, "__getitems__") else [rows[i] for i in numbers]
-    batch = collate(chosen, {"input_ids": pad_token_id or 0, "labels": -100})
+    batch = collate(chosen, {"input_ids": pad_token_id or 0, "labels": IGNORED})
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

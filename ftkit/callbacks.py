@@ -24,9 +24,9 @@ class History:
 
     Attributes:
         steps: a dict a step: step (from 1), loss, lr, grad_norm (before clipping).
-        epochs: a dict an epoch: epoch (from 1), train_loss, and with a validation split validation_loss and
-            validation_accuracy.
-        best_epoch: the epoch best on validation; None where there is no validation split.
+        epochs: a dict an epoch: epoch (from 1), train_loss, and with a validation split validation_loss and, where
+            rows have a class and not a label a token, validation_accuracy.
+        best_epoch: the epoch best on validation, by its accuracy or else its loss; None where there is no such split.
         ended: "finished", "stopped" (by a callback) or "interrupted" (Ctrl-C).
         trainable_parameters: number of parameters that training changed.
         seconds: wall-clock time of the run.
@@ -172,7 +172,7 @@ class Checkpoint(Callback):
     @staticmethod
     def _identity(run: TrainingRun) -> dict[str, Any]:
         rows = run.data["train"]
-        digest = hashlib.sha256(row_lengths(rows).tobytes() + np.array(row_labels(rows)).tobytes()).hexdigest()
+        digest = hashlib.sha256(row_lengths(rows).tobytes() + np.hstack(row_labels(rows)).tobytes()).hexdigest()
         return {**run.settings.model_dump(), "total_steps": run.total_steps, "training rows": digest[:12]}
 
 

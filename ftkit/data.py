@@ -250,6 +250,25 @@ def encode(
     return datasets.DatasetDict(encoded)
 
 
+def shorten(
+    splits: Mapping[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> datasets.DatasetDict:
+    """Cut each text after its first ``max_length`` tokens, as it will stand in a prompt; print how many, if any."""
+    shortened, cut = {}, []
+    how = {"truncation": True, "max_length": max_length, "add_special_tokens": False}
+    for name, split in splits.items():
+        texts = list(split["text"])
+        spans = tokenizer(texts, return_offsets_mapping=True, **how)["offset_mapping"]
+        kept = [text[: span[-1][1]] for text, span in zip(texts, spans, strict=True)]
+        longer = sum(len(short) < len(text) for short, text in zip(kept, texts, strict=True))
+        cut += [f"{longer:,} of {len(texts):,} {name}"] if longer else []
+        columns = split.to_dict() | {"text": kept}
+        shortened[name] = datasets.Dataset.from_dict(columns, features=split.features, info=split.info)
+    if cut:
+        print(f"texts cut after {max_length} tokens: {', '.join(cut)}")
+    return datasets.DatasetDict(shortened)
+
+
 def collate(rows: Sequence[Mapping[str, Any]], padding: Mapping[str, float]) -> dict[str, torch.Tensor]:
     """One batch of rows: each column stacked, and padded at the end to the longest where the lengths differ.
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ftkit.batching import make_batch
+from ftkit.batching import IGNORED, make_batch
 from ftkit.callbacks import TrainingRun
 
 
@@ -30,24 +30,24 @@ def accumulate_gradients(
 ) -> float:
     """Add up the gradients of one step's batches as if they were one large batch; returns its mean loss.
 
-    Each batch's summed loss is divided by the weight of the whole group, so that it does not matter how the rows
-    are cut into batches and spread over processes, nor that a last batch is small.
+    Each batch's summed loss is divided by the weight of the whole group, which is the number of its labels or the sum
+    of their class weights, so that it does not matter how the rows are cut into batches and spread over processes, nor
+    that a last batch is small.
     """
     mine = group[accelerator.process_index :: accelerator.num_processes]
     idle = not mine  # an epoch's last step may not have a batch for every process: this one then adds nothing
     batches = [make_batch(run.model, run.data["train"], rows, accelerator.device) for rows in mine or group[:1]]
     total_rows = sum(len(rows) for rows in group)
-    total_weight: float | Tensor = total_rows
-    if class_weights is not None:
-        weights = torch.stack([class_weights[batch["labels"]].sum() for batch in batches])
-        total_weight = accelerator.reduce(weights.sum() * (not idle), "sum")
+    counted = [batch["labels"][batch["labels"] != IGNORED] for batch in batches]
+    weight = sum(len(labels) if class_weights is None else class_weights[labels].sum() for labels in counted)
+    total_weight = accelerator.reduce(torch.as_tensor(weight, device=accelerator.device) * (not idle), "sum")
     mean_loss = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(batches):
         with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(wrapped):
             outputs = wrapped(**{name: value for name, value in batch.items() if name != "labels"})
             summed = F.cross_entropy(
                 outputs.logits.float(),
-                batch["labels"],
+                counted[i],
                 weight=class_weights,
                 label_smoothing=run.settings.label_smoothing,
                 reduction="sum",

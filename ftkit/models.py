@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -107,18 +108,56 @@ def load_classifier(
             )
         else:
             model, info = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32), None
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up, which knows no word
-        raise ModelError(
-            f"The model {str(name_or_path)!r} has no tokenizer: save the one it was trained with beside it."
-        )
     if info is not None:
         _say_what_is_new(model, info, name_or_path, old_names)
+    return _ready(model, tokenizer, name_or_path)
+
+
+def load_language_model(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    The weights of a folder are mapped, not read: a page comes into memory when it is first used, once.
+
+    Args:
+        name_or_path: an asset ("smollm2"), a folder that ``save`` or ``save_pretrained`` wrote, or a hub id.
+
+    Returns:
+        The model in float32 on the device that ``choose_device`` names, in eval mode, and the tokenizer, which pads on
+        the right and knows the model's window as its ``model_max_length``.
+
+    Raises:
+        ModelError: no such model, or none that predicts the next token.
+    """
+    source, options, advice = _locate(name_or_path)
+    with _plain_errors(name_or_path, advice), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, **options
+        )
+    masked = any(name.endswith("ForMaskedLM") for name in model.config.architectures or [])
+    if info["missing_keys"] or info["mismatched_keys"] or masked:  # BERT would load, and see the word it is to predict
+        raise ModelError(
+            f"The model {str(name_or_path)!r} ({', '.join(model.config.architectures or ['unknown'])}) was not trained "
+            "to predict the next token: use smollm2, or a causal language model of the hub."
+        )
+    tokenizer.padding_side = "right"
+    window = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, window or tokenizer.model_max_length)
+    return _ready(model, tokenizer, name_or_path)
+
+
+def _ready(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Refuse what can't read or pad a text; then the model on its device and in eval mode, and the tokenizer."""
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up, which knows no word
+        raise ModelError(f"The model {str(name)!r} has no tokenizer: save the one it was trained with beside it.")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if model.config.pad_token_id is None:  # GPT-like models: they classify from the last token that is no padding
         model.config.pad_token_id = tokenizer.pad_token_id
     if model.config.pad_token_id is None:
         raise ModelError(
-            f"The tokenizer of {str(name_or_path)!r} can't pad a batch: set its pad_token and save it beside the model."
+            f"The tokenizer of {str(name)!r} can't pad a batch: set its pad_token and save it beside the model."
         )
     return model.to(choose_device().device).eval(), tokenizer
 
@@ -140,7 +179,7 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
-    """Save model, head and tokenizer so that plain transformers, or ``load_classifier``, loads them.
+    """Save model, head and tokenizer so that plain transformers, or the function that loaded them, loads them.
 
     Args:
         folder: made if need be; what it holds of an earlier save is replaced.

@@ -169,12 +169,15 @@ def study(
     return Figure(drawn, f"{score.capitalize()} by {xlabel}, mean over seeds. {told}.", table)
 
 
-def studies(summaries: Mapping[str, pd.DataFrame], *, xlabel: str) -> Figure:
+def studies(
+    summaries: Mapping[str, pd.DataFrame], *, xlabel: str, reference: tuple[str, float] | None = None
+) -> Figure:
     """A recorded study of several methods: score by the values of one parameter, a line each, on a logarithmic axis.
 
     Args:
         summaries: by method, from ``Study.summary``.
         xlabel: name and unit of the parameter.
+        reference: name and score of a baseline, drawn as a grey line.
     """
     score = str(next(iter(summaries.values())).columns.name or "score").replace("_", " ")
     values = sorted({value for summary in summaries.values() for value in summary.index})
@@ -186,6 +189,8 @@ def studies(summaries: Mapping[str, pd.DataFrame], *, xlabel: str) -> Figure:
             colour, marker = COLOURS[i % len(COLOURS)], "osD^v<>"[i % 7]
             label = name.replace("_", " ")
             ax.errorbar(x, summary["mean"], yerr=arms, fmt=f"{marker}-", color=colour, capsize=2, lw=1.2, label=label)
+        if reference:
+            ax.axhline(reference[1], color="0.6", zorder=0, label=reference[0])
         ax.set(xscale="log", xlabel=xlabel, ylabel=f"{score}\n(mean over seeds, 95 % interval)")
         ax.set_xticks(values, [f"{value:g}" for value in values])
         ax.minorticks_off()
@@ -194,6 +199,7 @@ def studies(summaries: Mapping[str, pd.DataFrame], *, xlabel: str) -> Figure:
         f"{name.replace('_', ' ')}: {', '.join(f'{value:g} {mean:.2f}' for value, mean in summary['mean'].items())}"
         for name, summary in summaries.items()
     ]
+    told += [f"{reference[0]} {reference[1]:.2f}"] if reference else []
     table = pd.concat(summaries, names=["method"])[["mean", "low", "high", "seeds"]]
     return Figure(drawn, f"{score.capitalize()} by {xlabel}, mean over seeds. {'; '.join(told)}.", table)
 
@@ -241,6 +247,34 @@ def spectra(held: Mapping[str, ArrayLike], *, xlabel: str) -> Figure:
     told = ", ".join(f"{name} {share[0]:.2f} in the first" for name, share in shares.items())
     table = pd.DataFrame({name: pd.Series(share, index=range(1, len(share) + 1)) for name, share in shares.items()})
     return Figure(drawn, f"Share of the change in the first k {xlabel}: {told}.", table.rename_axis("k"))
+
+
+def bars(values: pd.Series, *, xlabel: str) -> Figure:
+    """A bar for each value, by its name, the first on top."""
+    with plt.rc_context(STYLE):
+        drawn, ax = plt.subplots(figsize=(6.5, 0.28 * len(values) + 0.8))
+        ax.barh(range(len(values)), values, height=0.7)
+        ax.set(yticks=range(len(values)), yticklabels=values.index, xlabel=xlabel)
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+    told = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+    return Figure(drawn, f"{xlabel[0].upper()}{xlabel[1:]}: {told}.", values.to_frame(xlabel))
+
+
+def slopes(table: pd.DataFrame, *, xlabel: str, ylabel: str) -> Figure:
+    """How each row's value changes from one column to the next, a line a row, the mean of all beside them."""
+    with plt.rc_context(STYLE):
+        drawn, ax = plt.subplots(figsize=(5.5, 3.4))
+        places = range(len(table.columns))
+        for i, (name, values) in enumerate(table.iterrows()):
+            form = f"{'o^D'[i // len(COLOURS) % 3]}-"  # a colour that comes again has another marker
+            ax.plot(places, values, form, color=COLOURS[i % len(COLOURS)], lw=1, markersize=4, alpha=0.7, label=name)
+        ax.plot(places, table.mean(), "s-", color="black", lw=2.5, label="mean")
+        ax.set(xticks=places, xticklabels=table.columns, xlim=(-0.15, len(places) - 0.85))
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    means = ", ".join(f"{column} {value:.2f}" for column, value in table.mean().items())
+    return Figure(drawn, f"{ylabel[0].upper()}{ylabel[1:]}, a line each; their mean: {means}.", table)
 
 
 def schedule(rates: Mapping[str, Sequence[float]]) -> Figure:

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from ftkit.batching import evaluation_batches, make_batch, row_lengths
 from ftkit.cachedrows import STATES, CachedRows, PrefixError, make_storage
 from ftkit.freezing import Group, layer_groups
+from ftkit.modes import eval_mode
 from ftkit.rest import Rest, frozen_body
-from ftkit.training import eval_mode
 
 TOLERANCE = 1e-4  # of the logits, relative to the largest: float32 in another order of summation
 

@@ -122,3 +122,44 @@ class Adapters(TrainedText):
         "factor on each method's best rate on record", 1.0, gpu=0.3, between=(0.001, 100), log=True
     )
     second_dataset: Dataset = setting("what the second task's adapter learns", "bbc-topics")
+
+
+class Prompting(TextSettings):
+    """Notebook 04."""
+
+    NOTEBOOK: ClassVar = "04_prompt_learning"
+    PANEL: ClassVar = (
+        "method", "template", "lr", "num_tokens", "rank", "rows", "steps", "batch_size", "seed", "num_seeds",
+    )  # fmt: skip
+
+    model: Model = setting(
+        "a causal language model: an asset, a hub id or a folder", "smollm2", gpu="HuggingFaceTB/SmolLM2-1.7B-Instruct"
+    )
+    encoder: Model = setting(
+        "the network that is tuned as a whole beside it", "minilm", gpu="google-bert/bert-base-uncased"
+    )
+    rows: int = setting("labelled rows that a method learns from", 128, smoke=16, between=(2, 1_000_000), log=True)
+    test_rows: int = setting(
+        "rows every score is measured on", 200, smoke=16, gpu=1000, between=(2, 1_000_000), unit="rows", log=True
+    )
+    seed: int = setting("the first seed; the record has 0 to 2", 5, between=(0, 1_000_000))
+    num_seeds: int = setting("seeds; each draws its own rows", 1, gpu=3, between=(1, 100), unit="seeds")
+    template: Literal["heading", "rating", "question", "instruction", "cloze"] = setting(
+        "the prompt that is trained with", "heading"
+    )
+    examples: int = setting("solved examples in a few-shot prompt", 8, smoke=2, between=(1, 64), unit="examples")
+    method: Literal["prompt_tuning", "prefix_tuning", "p_tuning", "lora", "encoder_full", "few_shot", "calibrated"] = (
+        setting("what the panel trains, or scores", "prompt_tuning")
+    )
+    lr: float = setting("peak learning rate of the panel's runs", 1e-2, between=(1e-7, 1), log=True)
+    num_tokens: int = setting("vectors in front of the text", 8, between=(1, 100), unit="tokens")
+    rank: int = setting("rank of LoRA's update", 8, between=(1, 256), log=True)
+    steps: int = setting(
+        "optimiser steps, about; the encoder takes four times as many",
+        50,
+        smoke=2,
+        between=(1, 100_000),
+        unit="steps",
+        log=True,
+    )
+    batch_size: int = setting("rows a step", 8, between=(1, 1024), unit="rows", log=True)

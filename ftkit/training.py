@@ -16,12 +16,21 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.nn import functional as F
 
-from ftkit.batching import evaluation_batches, make_batch, row_labels, row_lengths, training_batches
+from ftkit.batching import (
+    IGNORED,
+    evaluation_batches,
+    has_token_labels,
+    make_batch,
+    row_labels,
+    row_lengths,
+    training_batches,
+)
 from ftkit.callbacks import Callback, History, TrainingRun
 from ftkit.gradients import Penalty, accumulate_gradients, make_class_weights
 from ftkit.meter import Meter
 from ftkit.metrics import Evaluation
 from ftkit.models import choose_device, count_parameters
+from ftkit.modes import eval_mode, train_mode
 from ftkit.progress import Bar
 
 
@@ -62,10 +71,11 @@ def fit(
     """Train a model in place, and leave it in eval mode.
 
     Args:
-        model: a classifier, called as ``model(**batch)``; gives an object with ``logits`` of shape (B, C). What has
-            ``requires_grad`` is trained; modules whose parameters are all frozen run in eval mode.
+        model: called as ``model(**batch)`` without the labels; gives an object with ``logits`` of shape (N, C): for N
+            rows, or for the N tokens that are labelled. What has ``requires_grad`` is trained; modules whose parameters
+            are all frozen run in eval mode.
         data: rows by split, as ``encode`` makes them: "train" and, if there is one, "validation". A row is a dict of
-            numbers and sequences, ``labels`` among them.
+            numbers and sequences; its ``labels`` are its class, or one a token, those of -100 left out.
         settings: see TrainSettings.
         penalties: terms added to the loss.
         callbacks: called in this order.
@@ -74,7 +84,8 @@ def fit(
         The history. After Ctrl-C too: the model then has the weights of the last whole step.
 
     Raises:
-        TrainingError: a loss that is not finite, memory that does not suffice, nothing to train.
+        TrainingError: a loss that is not finite, memory that does not suffice, nothing to train, class weights where
+            there are no classes.
     """
     accelerator = _accelerator(settings.precision)
     set_seed(settings.seed)
@@ -85,6 +96,8 @@ def fit(
     lengths = row_lengths(data["train"])
     class_weights = None
     if settings.class_weights is not None:  # only then are all labels read
+        if has_token_labels(data["train"]):
+            raise TrainingError("class_weights are for rows with a class, and these have a label a token: set it None.")
         weights = make_class_weights(settings.class_weights, row_labels(data["train"]), _num_classes(model))
         class_weights = weights.to(accelerator.device)
 
@@ -100,7 +113,7 @@ def fit(
             for epoch in range(len(run.history.epochs), settings.num_epochs):
                 if run.stop:
                     break
-                _set_modes(model)  # anew each epoch: a callback may have unfrozen something
+                train_mode(model)  # anew each epoch: a callback may have unfrozen something
                 batches = training_batches(lengths, settings.batch_size, settings.seed, epoch)
                 groups = [batches[i : i + batches_a_step] for i in range(0, len(batches), batches_a_step)]
                 for group in groups[run.step - epoch * steps_an_epoch :]:
@@ -157,7 +170,12 @@ def evaluate(model: nn.Module, rows: Any, *, batch_size: int = 64) -> Evaluation
 
     Returns:
         Labels, probabilities and loss, and all that follows from them; rows in the order they were given.
+
+    Raises:
+        ValueError: rows with a label a token.
     """
+    if has_token_labels(rows):
+        raise ValueError("These rows have a label a token, and no class: measure them with token_loss.")
     device = next(model.parameters()).device
     order, logits, labels = [], [], []
     with eval_mode(model):
@@ -169,6 +187,27 @@ def evaluate(model: nn.Module, rows: Any, *, batch_size: int = 64) -> Evaluation
     given = torch.cat(order).argsort()
     scores, targets = torch.cat(logits)[given], torch.cat(labels)[given]
     return Evaluation(targets.numpy(), scores.double().softmax(-1).numpy(), F.cross_entropy(scores, targets).item())
+
+
+@torch.inference_mode()
+def token_loss(model: nn.Module, rows: Any, *, batch_size: int = 8) -> float:
+    """Mean cross-entropy, in nats, of the tokens that rows are labelled with, in eval mode; its exp is the perplexity.
+
+    Args:
+        model: as for ``fit``; it is left in the mode it was in.
+        rows: one split of rows with a label a token, as ``encode_answers`` makes them.
+        batch_size: rows a forward pass, few, for the logits (labelled tokens x vocabulary) of a batch are in memory.
+    """
+    device = next(model.parameters()).device
+    loss, tokens = 0.0, 0
+    with eval_mode(model):
+        for indices in evaluation_batches(row_lengths(rows), batch_size):
+            batch = make_batch(model, rows, indices, device)
+            labels = batch.pop("labels")
+            labels = labels[labels != IGNORED]
+            loss += F.cross_entropy(model(**batch).logits.float(), labels, reduction="sum").item()
+            tokens += len(labels)
+    return loss / tokens
 
 
 def lr_factor(step: int, total_steps: int, settings: TrainSettings) -> float:
@@ -204,42 +243,27 @@ def _num_classes(model: nn.Module) -> int:
     return getattr(getattr(model, "config", None), "num_labels", 0)
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run the model in eval mode; afterwards each module is as it was, for frozen ones may differ from the rest."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _set_modes(model: nn.Module) -> None:
-    """Train mode, but eval mode where all parameters are frozen: dropout and running statistics are still there."""
-    model.train()
-    for module in model.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            module.eval()
-
-
 def _end_epoch(run: TrainingRun, steps_an_epoch: int) -> None:
     """Validate, and keep the weights if they are the best so far (the first of equals)."""
     history = run.history
     losses = [step["loss"] for step in history.steps[-steps_an_epoch:]]
     row = {"epoch": len(history.epochs) + 1, "train_loss": sum(losses) / len(losses)}
     if "validation" in run.data:
-        evaluation = evaluate(run.model, run.data["validation"])
-        row |= {"validation_loss": evaluation.loss, "validation_accuracy": evaluation.accuracy}
-        best = max((epoch["validation_accuracy"] for epoch in history.epochs), default=-1.0)
-        if evaluation.accuracy > best:
+        if has_token_labels(run.data["validation"]):
+            measure, sign = "validation_loss", -1
+            row[measure] = token_loss(run.model, run.data["validation"])
+        else:
+            measure, sign = "validation_accuracy", 1
+            evaluation = evaluate(run.model, run.data["validation"])
+            row |= {"validation_loss": evaluation.loss, measure: evaluation.accuracy}
+        if sign * row[measure] > max((sign * epoch[measure] for epoch in history.epochs), default=-math.inf):
             history.best_epoch = row["epoch"]
             if run.settings.keep_best:
                 # what the optimiser holds, for a callback may have frozen some of it for now
                 trained = {id(p) for parameters in run.optimizer.param_groups for p in parameters["params"]}
-                frozen = {name for name, p in run.model.named_parameters() if id(p) not in trained}
+                # under all its names, for a tied weight has several
+                named = run.model.named_parameters(remove_duplicate=False)
+                frozen = {name for name, p in named if id(p) not in trained}
                 weights = run.model.state_dict()
                 run.best_weights = {name: weights[name].clone() for name in weights if name not in frozen}
     history.epochs.append(row)

@@ -130,7 +130,7 @@ class Panel:
             else:
                 self.curve.say("Stopped before the first step: there is nothing to keep.", "status")
         except Exception as problem:
-            self.curve.say(_in_one_line(problem), "alert")
+            self.curve.say(in_one_line(problem), "alert")
         finally:
             Panel._training = None
             self.train_button.disabled, self.stop_button.disabled = False, True
@@ -145,7 +145,7 @@ class Panel:
             try:
                 outcome = self.train(chosen, seed, [self.curve])
             except Exception as problem:
-                return outcomes, _in_one_line(problem)
+                return outcomes, in_one_line(problem)
             finally:
                 self.curve.end_seed()
             if outcome.history.steps or not self.curve.stop.is_set():  # else it is untrained
@@ -194,7 +194,7 @@ def _release_threads(result: Any) -> None:
     release_threads()
 
 
-def _in_one_line(problem: Exception) -> str:
+def in_one_line(problem: Exception) -> str:
     """What is said of an error: ours are sentences, of others the kind matters too."""
     lines = str(problem).splitlines() or [""]
     kind = "" if isinstance(problem, ValueError | RuntimeError) and lines[0] else type(problem).__name__

@@ -16,7 +16,15 @@ from ftkit.training import evaluate
 
 ROOT = Path(__file__).parents[1]
 BANDS = tomllib.loads((ROOT / "tests" / "bands.toml").read_text(encoding="utf-8"))
-FURTHER_SEED = 5  # the bands are of the seeds 0 to 4
+FURTHER_SEED = 5  # the bands are of the seeds 0 to 4; see benchmarks/bands.py
+# BitFit fails with some seeds in the few steps of lesson 03; prompts that fail are what lesson 04 is about, and its
+# encoder has few rows
+PROMPTING = {"zero_shot_worst", "few_shot", "calibrated", "encoder_full"}
+MAY_LEARN_NOTHING = {
+    ("03_lora_and_adapters", "cpu"): {"bitfit"},
+    ("04_prompt_learning", "smoke"): PROMPTING,
+    ("04_prompt_learning", "cpu"): PROMPTING,
+}
 
 
 @cache
@@ -26,7 +34,8 @@ def baselines(notebook: str, tier: str) -> tuple[float, list[float], list[float]
     splits = load_text(settings.source, test=settings.test_rows)
     names, untrained = splits["train"].features["label"].names, []
     for seed in range(5):
-        network, tokenizer = load_classifier(settings.model, names, seed=seed)
+        # in lesson 04 the model is a language model, and the network with a head is another
+        network, tokenizer = load_classifier(getattr(settings, "encoder", settings.model), names, seed=seed)
         rows = encode({"test": splits["test"]}, tokenizer, max_length=settings.max_length)["test"]
         untrained.append(evaluate(network, rows).accuracy)
     labels = splits["test"]["label"][:]
@@ -61,8 +70,7 @@ def test_scores_of_a_further_seed_lie_within_their_bands(notebook: str, tmp_path
 @pytest.mark.parametrize(("notebook", "tier"), [(notebook, tier) for notebook in BANDS for tier in BANDS[notebook]])
 def test_every_band_rejects_an_untrained_model_unless_it_is_said_to_learn_nothing(notebook: str, tier: str) -> None:
     majority, untrained, constant = baselines(notebook, tier)
-    # BitFit fails with some seeds in the few steps of lesson 03 at the cpu tier
-    assert set(BANDS[notebook][tier]["learn_nothing"]) <= {"from_scratch", *(["bitfit"] if tier == "cpu" else [])}
+    assert set(BANDS[notebook][tier]["learn_nothing"]) <= MAY_LEARN_NOTHING.get((notebook, tier), {"from_scratch"})
     for name, band in BANDS[notebook][tier]["bands"].items():
         if name in BANDS[notebook][tier]["learn_nothing"]:  # said only where it is so
             assert any(band["low"] <= share <= band["high"] for share in constant)

@@ -470,3 +470,15 @@ def test_collate_refuses_strings_and_shapes_that_do_not_fit():
         data.collate([{"x": np.zeros((2, 1))}, {"x": np.zeros((2, 3))}], {})
     with pytest.raises(DataError, match="different shapes"):
         data.collate([{"x": 1}, {"x": [1]}], {})
+
+
+def test_texts_are_cut_between_tokens_for_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
+    texts = ["A fine film, and long, too", "短い映画だ。とても良い", "dull"]
+    rows = datasets.Dataset.from_dict({"text": texts, "label": [0, 1, 0]}, features=features)
+    tokenizer = AutoTokenizer.from_pretrained(assets.fetch("minilm"))
+    short = data.shorten({"train": rows, "test": rows.take(1)}, tokenizer, max_length=3)
+    assert list(short["train"]["text"]) == ["A fine film", texts[1][:3], "dull"]
+    assert short["train"].features == features
+    assert list(short["train"]["label"]) == [0, 1, 0]
+    assert capsys.readouterr().out == "texts cut after 3 tokens: 2 of 3 train, 1 of 1 test\n"

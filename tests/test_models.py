@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import make_tiny_bert
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BartConfig,
@@ -32,7 +34,7 @@ from transformers import (
 
 import ftkit
 from ftkit.assets import fetch
-from ftkit.models import ModelError, choose_device, count_parameters, load, load_classifier, save
+from ftkit.models import ModelError, choose_device, count_parameters, load, load_classifier, load_language_model, save
 
 SOURCES = sorted(Path(ftkit.__file__).parent.glob("*.py"))
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "film", "to", "see", "again", "dull", "and", "long"]
@@ -458,3 +460,63 @@ def test_the_device_is_the_best_there_is_and_says_why(
     assert (chosen.device.type, chosen.precision) == (device, precision)
     assert why in str(chosen) == chosen.reason
     assert "\n" not in chosen.reason
+
+
+# Language models ----------------------------------------------------------------------------------------------
+
+
+def test_smollm2_is_loaded_as_transformers_load_it_in_half_a_copy_of_its_weights() -> None:
+    before = psutil.Process().memory_info().rss
+    model, tokenizer = load_language_model("smollm2")
+    grown = psutil.Process().memory_info().rss - before
+    assert grown < 0.5 * 4 * count_parameters(model)[1]  # mapped: what is not used yet is not in memory
+    expected = AutoModelForCausalLM.from_pretrained(fetch("smollm2"))
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight.cpu(), expected.state_dict()[name])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not any(module.training for module in model.modules())
+    assert model.device.type == choose_device().device.type
+    assert (tokenizer.padding_side, tokenizer.model_max_length) == ("right", 8192)
+    assert tokenizer.pad_token_id == model.config.pad_token_id
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_language_model_is_saved_and_loaded(
+    family: str, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = type(FAMILIES[family])(**(GPT2 if family == "gpt2" else SMALL) | {"pad_token_id": None})
+    folder = save_tiny(config, pad_token=None)
+    capsys.readouterr()
+    model, tokenizer = load_language_model(folder)
+    assert (tokenizer.pad_token, model.config.pad_token_id) == ("</s>", 2)
+    assert tokenizer.model_max_length == (64 if family == "gpt2" else 2048)
+    with torch.no_grad():
+        model.get_input_embeddings().weight += 1
+    again, tokenizer = load_language_model(save(model, tokenizer, tmp_path / "saved"))
+    assert torch.equal(logits_of(again, tokenizer), logits_of(model, tokenizer))
+    assert tokenizer.padding_side == "right"
+    assert "".join(capsys.readouterr()) == ""
+
+
+def test_a_model_in_half_precision_becomes_float32(save_tiny: Callable[..., Path]) -> None:
+    folder = save_tiny(FAMILIES["llama"])
+    AutoModelForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder)
+    model, _ = load_language_model(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_what_does_not_predict_the_next_token_is_refused(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    def refuse(name: str | Path, message: str) -> None:
+        with pytest.raises(ModelError, match=message):
+            load_language_model(name)
+
+    masked = tmp_path / "masked"
+    AutoModelForMaskedLM.from_config(FAMILIES["roberta"]).save_pretrained(masked)
+    make_tokenizer().save_pretrained(masked)
+    refuse("minilm", r"'minilm' \(BertModel\) was not trained to predict the next token: use smollm2")
+    refuse(masked, r"\(RobertaForMaskedLM\) was not trained to predict the next token")
+    refuse(save_tiny(FAMILIES["t5"]), "can't be loaded")
+    refuse("nonsense", "There is no model 'nonsense'")
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]).save_pretrained(tmp_path / "bare")
+    refuse(tmp_path / "bare", r"can't be loaded \(.*tokenizer.*\): give a folder that save")

@@ -111,12 +111,53 @@ WRONG = {
         "return (full - method) / (full - majority) * 2": "expected",
         "pass": "return the share",
     },
+    ("04_prompt_learning", "word-score"): {
+        "p = logits.softmax(-1)[torch.arange(len(tokens)), tokens]\nreturn p.sum()": "not probabilities",
+        "return logits.softmax(-1)[torch.arange(len(tokens)), tokens].prod()": "its log",
+        "return logits[torch.arange(len(tokens)), tokens].sum()": "not yet log-probabilities",
+        "return logits.log_softmax(-1)[torch.arange(len(tokens)), tokens]": "one number",
+        "return logits.log_softmax(-1)[torch.arange(len(tokens)), tokens].sum()": "number of tokens",
+        "pass": "return the score",
+    },
+    ("04_prompt_learning", "calibrated"): {
+        "return p / p_nothing": "sum to 1",
+        "q = p * p_nothing\nreturn q / q.sum(axis=1, keepdims=True)": "divide",
+        "return p - p_nothing": "subtracted",
+        "q = p / p_nothing\nreturn q / q.sum(axis=1)": "keepdims",
+        "q = p / p_nothing\nreturn q / q.sum(axis=0)": "not each column",
+        "return p": "expected",
+        "pass": "return the probabilities",
+    },
+    ("04_prompt_learning", "answer-labels"): {
+        "return [-100] * len(prompt) + answer": "shift by one",
+        "return prompt[1:] + answer + [-100]": "own tokens",
+        "return [-100] * (len(prompt) - 1) + answer": "one label for each",
+        "return [-100] * len(prompt) + answer[1:] + [-100]": "first token of the answer",
+        "return [-100] * (len(prompt) - 1) + answer + [0]": "expected",
+        "return [-100] * len(answer) + answer + [-100]": "of a prompt of one token",
+        "pass": "return the labels",
+    },
+    ("04_prompt_learning", "shared-tokens"): {
+        "n = 0\nwhile all(len(ids) > n for ids in prompts) and len({ids[n] for ids in prompts}) == 1:\n    n += 1\n"
+        "return n": "still to be run",
+        "return min(map(len, prompts)) - 1": "first difference",
+        "return 2": "still to be run",
+        "return sum(len(set(column)) == 1 for column in zip(*[ids[:-1] for ids in prompts]))": "does not count",
+        "n, (a, b) = 0, prompts[:2]\nwhile a[n] == b[n] and n < min(len(a), len(b)) - 1:\n    n += 1\nreturn n": "all",
+        "pass": "return the number",
+    },
 }
 # Right answers of another kind than the solution, which the check must take
 RIGHT = {
     ("01_full_fine_tuning", "cross-entropy"): ["return F.nll_loss(logits.log_softmax(-1), labels)"],
     ("02_freezing", "unfrozen"): ["return [g for g in range(count) if g >= count - 1 - epoch][::-1]"],
     ("03_lora_and_adapters", "bottleneck"): ["return up(down(x).clamp(min=0)) + x"],
+    ("04_prompt_learning", "calibrated"): ["return np.stack([row / row.sum() for row in p / p_nothing])"],
+    ("04_prompt_learning", "word-score"): [
+        "every = [float(row.log_softmax(-1)[t]) for row, t in zip(logits, tokens)]\n"
+        "return sum(every) / (len(every) if normalise else 1)"
+    ],
+    ("04_prompt_learning", "answer-labels"): ["return tuple([-100] * (len(prompt) - 1) + list(answer) + [-100])"],
     ("01_full_fine_tuning", "accumulation"): ["return float(np.average(mean_losses, weights=sizes))"],
 }
 

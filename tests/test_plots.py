@@ -34,6 +34,10 @@ FIGURES = {
     "studies": lambda: plots.studies({"full": SUMMARY, "last_2": SUMMARY}, xlabel="rows"),
     "tradeoff": lambda: plots.tradeoff(POINTS, xlabel="seconds"),
     "spectra": lambda: plots.spectra({"full": [0.5, 0.8, 1.0], "lora": [0.9, 1.0]}, xlabel="directions"),
+    "bars": lambda: plots.bars(pd.Series([0.6, 0.1], index=["' bad'", "' good'"]), xlabel="probability"),
+    "slopes": lambda: plots.slopes(
+        pd.DataFrame({"before": [0.5, 0.6], "after": [0.7, 0.8]}, index=["a", "b"]), xlabel="when", ylabel="accuracy"
+    ),
     "schedule": lambda: plots.schedule({"linear": [0, 1, 0.5], "cosine": [0, 1, 0.7]}),
 }
 
@@ -92,6 +96,29 @@ def test_methods_of_a_study_and_what_they_cost_have_their_own_numbers() -> None:
     spectra = FIGURES["spectra"]().table
     assert spectra.loc[2].tolist() == [0.8, 1.0]
     assert np.isnan(spectra.loc[3, "lora"])
+
+
+def test_a_baseline_is_drawn_across_several_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(plots, "Figure", lambda drawn, alt, table: seen.append((drawn, alt)))
+    plots.studies({"full": SUMMARY}, xlabel="rows", reference=("zero-shot", 0.65))
+    drawn, alt = seen[0]
+    lines = {line.get_label(): line.get_ydata() for line in drawn.axes[0].lines}
+    assert list(lines["zero-shot"]) == [0.65, 0.65]
+    assert "zero-shot 0.65" in alt
+    plt.close("all")
+
+
+def test_bars_and_slopes_tell_what_they_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "' bad' 0.60" in FIGURES["bars"]().alt
+    assert "before 0.55, after 0.75" in FIGURES["slopes"]().alt
+    seen = []
+    monkeypatch.setattr(plots, "Figure", lambda drawn, alt, table: seen.append(drawn.axes[0]))
+    FIGURES["bars"](), FIGURES["slopes"]()
+    assert [bar.get_width() for bar in seen[0].patches] == [0.6, 0.1]
+    assert [text.get_text() for text in seen[0].get_yticklabels()] == ["' bad'", "' good'"]
+    assert [list(line.get_ydata()) for line in seen[1].lines] == [[0.5, 0.7], [0.6, 0.8], [0.55, 0.75]]
+    plt.close("all")
 
 
 def test_axes_are_labelled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 
+import tokenizers
 import torch
 import transformers as t
 from torch import Tensor
@@ -93,3 +94,14 @@ def assert_seed_gives_start(add: Callable[..., torch.nn.Module], part: str) -> N
     torch.manual_seed(5)
     add(model)
     assert torch.equal(torch.rand(1), expected)
+
+
+def make_word_tokenizer() -> t.PreTrainedTokenizerFast:
+    """Knows the words w3 to w59, by their numbers."""
+    words = {"<pad>": 0, "<unk>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
+    return t.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=["input_ids", "attention_mask"], **special
+    )

@@ -1,0 +1,155 @@
+"""What a language model as a classifier costs: ``load_language_model`` and ``score`` against plain transformers.
+
+Both score the same film sentences with the same 8 examples in front, by the two label words. ftkit runs the examples
+once; the peer runs each whole prompt, in batches of 16 grouped by length, padded in front, through the output layer at
+the last position only, without a cache. Every run is made in a process of its own; loading and tokenising do not count.
+A round runs the two one after the other; the figures are medians over the rounds of their ratio. A score that differs
+by more than 1e-4 ends the script. Loading is timed apart, files in the system's cache, imports not counted; its memory
+is the growth of the process over load and one pass, in sizes of the weights. Leave the machine idle; about 3 minutes a
+round.
+
+    python benchmarks/prompt_scoring.py [--rounds 3] [--rows 200]
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+ARMS = ("ftkit", "transformers")
+NUM_EXAMPLES, BATCH_SIZE, SEED = 8, 16, 0
+TOLERANCE = 1e-4
+
+
+def prepare(num_rows: int) -> tuple[Any, Any, Any, Any]:
+    """Model, tokenizer, rows with their few-shot prompts, and the tokens of the label words."""
+    from ftkit.contexts import balanced_context
+    from ftkit.data import load_text
+    from ftkit.models import load_language_model
+    from ftkit.templates import Template, Verbalizer, encode_prompts
+
+    splits = load_text("movie-sentiment", train=1000, validation=1, test=num_rows)
+    model, tokenizer = load_language_model("smollm2")
+    template, verbalizer = Template("Review: {text}\nSentiment:"), Verbalizer({"negative": " bad", "positive": " good"})
+    examples = balanced_context(splits["train"], NUM_EXAMPLES, seed=SEED)
+    rows, words = encode_prompts(splits["test"], template, verbalizer, tokenizer, examples=examples)
+    return model, tokenizer, rows, words
+
+
+def score_whole(model: Any, tokenizer: Any, rows: Any, words: Any) -> np.ndarray:
+    """The peer: log-probabilities of words of one token after each whole prompt, shape (N, C)."""
+    import torch
+
+    prompts = list(rows["input_ids"])
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    tokens = [token for ((token,),) in words]
+    scores = np.empty((len(prompts), len(tokens)))
+    with torch.inference_mode():
+        for start in range(0, len(order), BATCH_SIZE):
+            chosen = order[start : start + BATCH_SIZE]
+            texts = {"input_ids": [prompts[i] for i in chosen]}
+            batch = tokenizer.pad(texts, padding_side="left", return_tensors="pt").to(model.device)
+            positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            logits = model(**batch, position_ids=positions, use_cache=False, logits_to_keep=1).logits[:, -1]
+            scores[chosen] = logits.log_softmax(-1)[:, tokens].cpu().numpy()
+    return scores
+
+
+def run(arm: str, num_rows: int) -> dict[str, Any]:
+    """One arm: seconds and peak memory of scoring all rows, and the scores."""
+    from ftkit.meter import Meter
+    from ftkit.prompting import score
+
+    model, tokenizer, rows, words = prepare(num_rows)
+    score(model, rows.select(range(2)), words)  # both arms find the weights in memory
+    with Meter() as meter:
+        scores = score(model, rows, words) if arm == "ftkit" else score_whole(model, tokenizer, rows, words)
+    tokens = sum(len(ids) for ids in rows["input_ids"])
+    return {
+        "seconds": meter.seconds,
+        "peak_rss_mib": meter.peak_rss_mib,
+        "tokens_a_row": tokens / num_rows,
+        "scores": scores.tolist(),
+    }
+
+
+def run_load() -> dict[str, float]:
+    """Seconds to load smollm2, and by how many sizes of its weights the process has grown after one pass."""
+    import torch
+
+    from ftkit.meter import Meter
+    from ftkit.models import count_parameters, load_language_model
+
+    with Meter() as before:
+        pass
+    with Meter() as whole:
+        start = time.perf_counter()
+        model, tokenizer = load_language_model("smollm2")
+        seconds = time.perf_counter() - start
+        with torch.inference_mode():
+            model(**tokenizer("A film", return_tensors="pt").to(model.device))
+    weights_mib = 4 * count_parameters(model)[1] / 2**20
+    return {
+        "load_seconds": seconds,
+        "weights_copies": (whole.peak_rss_mib - before.peak_rss_mib) / weights_mib,
+    }
+
+
+def in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
+    """What this script prints last when it is called so."""
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--arm", choices=[*ARMS, "load"], help=argparse.SUPPRESS)  # one run, in a process of its own
+    arguments = parser.parse_args()
+    if arguments.arm:
+        print(json.dumps(run_load() if arguments.arm == "load" else run(arguments.arm, arguments.rows)))
+        return
+
+    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in (*ARMS, "load")}
+    for turn in range(arguments.rounds):
+        order = ARMS if turn % 2 == 0 else tuple(reversed(ARMS))  # neither always comes first on a cool machine
+        for arm in (*order, "load"):
+            result = in_a_process(["--arm", arm, "--rows", str(arguments.rows)])
+            results[arm].append(result)
+            print(f"{arm:>12}: { ({name: value for name, value in result.items() if name != 'scores'}) }", flush=True)
+    difference = max(
+        float(np.abs(np.subtract(ours["scores"], theirs["scores"])).max())
+        for ours, theirs in zip(*(results[arm] for arm in ARMS), strict=True)
+    )
+    if not difference <= TOLERANCE:
+        raise SystemExit(
+            f"The scores differ by {difference:.1e}, more than {TOLERANCE:g}: "
+            "ftkit and transformers do not compute the same, and their times can't be compared."
+        )
+
+    def typical(arm: str, key: str) -> float:
+        return round(statistics.median(result[key] for result in results[arm]), 3)
+
+    ratios = [t["seconds"] / f["seconds"] for f, t in zip(*(results[arm] for arm in ARMS), strict=True)]
+    figures = {
+        "few_shot_speedup": round(statistics.median(ratios), 2),
+        "load_seconds": typical("load", "load_seconds"),
+        "weights_copies": typical("load", "weights_copies"),
+        "score_difference": difference,
+    }
+    for arm in ARMS:
+        for key in ("seconds", "peak_rss_mib"):
+            figures[f"{arm}_{key}"] = typical(arm, key)
+    print(json.dumps({**figures, "rows": arguments.rows, "rounds": arguments.rounds}))
+
+
+if __name__ == "__main__":
+    main()
