@@ -199,9 +199,9 @@ class Continual(NotebookSettings):
         "lora_per_task", "wise_ft",
     ] = setting("what is done against forgetting", "ewc")  # fmt: skip
     strength: float = setting(
-        "of low_rate, l2sp, ewc, lwf and wise_ft, each on a scale of its own", 1e3, between=(1e-3, 1e7), log=True
+        "of low_rate, l2sp, ewc, lwf and wise_ft, each on a scale of its own", 1e4, between=(1e-3, 1e7), log=True
     )
-    buffer: int = setting("rows that replay remembers", 30, smoke=8, between=(1, 1_000_000), unit="rows", log=True)
+    buffer: int = setting("rows that replay remembers", 100, smoke=8, between=(1, 1_000_000), unit="rows", log=True)
     rank: int = setting("rank of the LoRA strategies", 8, between=(1, 256), log=True)
     lr: float = setting("peak learning rate", 3e-4, gpu=5e-5, between=(1e-7, 1), log=True)
     num_epochs: int = setting("passes over the rows of a task", 2, smoke=1, between=(1, 100), unit="epochs")
