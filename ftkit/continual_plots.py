@@ -114,7 +114,7 @@ def dots(runs: pd.DataFrame, x: str, y: str, *, xlabel: str) -> Figure:
 
     Args:
         runs: a row a run, with the columns ``strategy``, x and y.
-        x, y: names of the figures.
+        x, y: names of the figures; x is positive, its axis logarithmic.
         xlabel: what x is, with its unit.
     """
     ylabel = y.replace("_", " ")
@@ -122,7 +122,7 @@ def dots(runs: pd.DataFrame, x: str, y: str, *, xlabel: str) -> Figure:
         drawn, ax = plt.subplots(figsize=(7.5, 4))
         for i, (name, of_strategy) in enumerate(runs.groupby("strategy", sort=False)):
             ax.scatter(of_strategy[x], of_strategy[y], s=26, label=str(name).replace("_", " "), **_look(i))
-        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
         ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     told = ", ".join(
         f"{str(name).replace('_', ' ')} {mean[y]:.2f} at {mean[x]:.3g}"
