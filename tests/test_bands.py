@@ -22,14 +22,13 @@ ROOT = Path(__file__).parents[1]
 BANDS = tomllib.loads((ROOT / "tests" / "bands.toml").read_text(encoding="utf-8"))
 FURTHER_SEED = 5  # the bands are of the seeds 0 to 4; see benchmarks/bands.py
 # BitFit fails with some seeds in the few steps of lesson 03; prompts that fail are what lesson 04 is about, and its
-# encoder has few rows
+# encoder has few rows; LoRA learns unevenly at the rate that is best in lesson 05
 PROMPTING = {"zero_shot_worst", "few_shot", "calibrated", "encoder_full"}
-CONTINUAL = {"frozen", "lora"}  # heads alone, and LoRA in so few steps
 MAY_LEARN_NOTHING = {
     ("03_lora_and_adapters", "cpu"): {"bitfit"},
     ("04_prompt_learning", "smoke"): PROMPTING,
     ("04_prompt_learning", "cpu"): PROMPTING,
-    ("05_catastrophic_forgetting", "smoke"): CONTINUAL,
+    ("05_catastrophic_forgetting", "cpu"): {"lora"},
 }
 
 

@@ -170,6 +170,7 @@ WRONG = {
         "return strength / 2 * sum((fisher[n] * (weights[n] - old[n])).sum() for n in old)": "square the differences",
         "return strength / 2 * sum(((fisher[n] * (weights[n] - old[n])) ** 2).sum() for n in old)": "not squared again",
         "return strength / 2 * (fisher['a'] * (weights['a'] - old['a']) ** 2).sum()": "expected 17.5",
+        "return sum((fisher[n] * (weights[n] - old[n]) ** 2).sum() for n in old) / 2": "multiply by the strength",
         "pass": "return the penalty",
     },
     ("05_catastrophic_forgetting", "fisher"): {
@@ -188,7 +189,8 @@ WRONG = {
         "return n - 1 if n <= size else None": "first rows stay",
         "return n - 1 if n <= size else rng.integers(size)": "last row is always kept",
         "return n - 1 if n <= size else (rng.integers(size) if rng.random() < 0.5 else None)": "all should be 25 %",
-        "pass": "all 5 places are taken",
+        "return n - 1 if n < size else None": "all 5 places are taken",
+        "pass": "nothing was kept",
     },
 }
 # Right answers of another kind than the solution, which the check must take
