@@ -199,7 +199,7 @@ class Continual(NotebookSettings):
         "lora_per_task", "wise_ft",
     ] = setting("what is done against forgetting", "ewc")  # fmt: skip
     strength: float = setting(
-        "of low_rate, l2sp, ewc, lwf and wise_ft, each on a scale of its own", 1e4, between=(1e-3, 1e7), log=True
+        "of low_rate, l2sp, ewc, lwf, wise_ft, each on its own scale", 1e4, between=(1e-3, 1e7), log=True
     )
     buffer: int = setting("rows that replay remembers", 100, smoke=8, between=(1, 1_000_000), unit="rows", log=True)
     rank: int = setting("rank of the LoRA strategies", 8, between=(1, 256), log=True)
