@@ -3,7 +3,8 @@
 Each notebook is run with the seeds 0 to 5, or more, at each tier of that file, with the parameters that stand there.
 The band of a method is the prediction interval of Student's t for one more run than those of the seeds other than 5,
 widened by what machines differ in rounding: the more seeds, the narrower. What trains nothing has no chance in it but
-the rows that a seed draws, and is held to what the seed 5 gave.
+the rows that a seed draws, and is held to what the seed 5 gave. Where a notebook's entry names another ``score`` than
+the accuracy, the band is of that.
 
     python benchmarks/bands.py [smoke|cpu …] [--notebook NAME] [--num-seeds 6] [--write]
 """
@@ -13,6 +14,7 @@ import json
 import tempfile
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -35,27 +37,29 @@ def band(accuracies: list[float], trained: bool) -> tuple[float, float]:
     return float(np.mean(others) - reach), float(np.mean(others) + reach)
 
 
-def measure(notebook: str, tier: str, parameters: dict[str, object], num_seeds: int) -> dict[str, dict[str, object]]:
+def measure(notebook: str, tier: str, entry: dict[str, Any], num_seeds: int) -> dict[str, dict[str, Any]]:
     """The band of each method; the majority is no model, the tests work it out from the labels."""
     with tempfile.TemporaryDirectory() as folder:
         seeds = {"seed": 0, "num_seeds": num_seeds}
-        run = run_notebook(notebook, parameters | seeds, tier=tier, out=folder)
+        run = run_notebook(notebook, entry["parameters"] | seeds, tier=tier, out=folder)
     if run.error:
         raise SystemExit(f"{notebook} at the {tier} tier: {run.error}")
     bands = {}
     for name, method in run.metrics.items():
         if name != "majority":
-            low, high = band(method["by_seed"], trained=method["trainable_parameters"] > 0)
-            bands[name] = {"low": low, "high": high, "by_seed": method["by_seed"]}
+            by_seed = method["by_seed" if entry["score"] == "accuracy" else f"{entry['score']}_by_seed"]
+            low, high = band(by_seed, trained=method["trainable_parameters"] > 0)
+            bands[name] = {"low": low, "high": high, "by_seed": by_seed}
     return bands
 
 
-def as_toml(declared: dict[str, dict[str, dict[str, object]]]) -> str:
+def as_toml(declared: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The file's text; JSON's lists, strings and numbers are TOML's too."""
     lines = [FILE.read_text(encoding="utf-8").partition("\n[")[0].rstrip()]
     for notebook, tiers in declared.items():
         for tier, entry in tiers.items():
-            lines += ["", f"[{notebook}.{tier}]", f"learn_nothing = {json.dumps(entry['learn_nothing'])}"]
+            lines += ["", f"[{notebook}.{tier}]"]
+            lines += [f"{name} = {json.dumps(entry[name])}" for name in ("score", "learn_nothing")]
             lines += ["", f"[{notebook}.{tier}.parameters]"]
             lines += [f"{name} = {json.dumps(value)}" for name, value in entry["parameters"].items()]
             for method, found in entry["bands"].items():
@@ -80,7 +84,7 @@ def main() -> None:
         for tier, entry in tiers.items():
             entry.setdefault("bands", {})
             if tier in (arguments.tiers or tiers) and notebook == (arguments.notebook or notebook):
-                entry["bands"] = measure(notebook, tier, entry["parameters"], arguments.num_seeds)
+                entry["bands"] = measure(notebook, tier, entry, arguments.num_seeds)
     if arguments.write:
         FILE.write_text(as_toml(declared), encoding="utf-8")
     measured = {

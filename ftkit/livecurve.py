@@ -31,7 +31,7 @@ class LiveCurve(Callback):
     Attributes:
         status, picture: widgets.
         stop: set it to end the run after the step it is in.
-        total_steps: that the last seed was to take.
+        total_steps: that the last seed was to take, in all trainings that it has begun.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class LiveCurve(Callback):
 
     def begin_seed(self, seed: int) -> None:
         """Before one of them."""
-        self._place, self._history = self._seeds.index(seed), History()
+        self._place, self._history, self.total_steps = self._seeds.index(seed), History(), 0
         self.say(f"{self._of_seed()}getting ready …")
 
     def end_seed(self) -> None:
@@ -83,7 +83,9 @@ class LiveCurve(Callback):
         self.status.value = f'<div {spoken} style="{style}">{html.escape(text)}</div>'
 
     def on_start(self, run: TrainingRun) -> None:
-        self.total_steps, self._history, self._first_step = run.total_steps, run.history, run.step
+        self._earlier = self.total_steps  # of trainings before this one, where a seed has several, a task each
+        self.total_steps += run.total_steps
+        self._history, self._first_step = run.history, run.step
         self._start = self._tell_at = self._draw_at = time.monotonic()
         for axes in (self._losses, self._scores):
             for line in axes.lines:
@@ -126,12 +128,12 @@ class LiveCurve(Callback):
     def _told(self, step: int, seconds: float) -> str:
         """The status after a step of a seed that has gone on for so many seconds."""
         rate = (step - self._first_step) / max(seconds, 1e-9)
-        left = (self.total_steps * (len(self._seeds) - self._place) - step) / max(rate, 1e-9)
+        place = self._earlier + step
+        left = (self.total_steps * (len(self._seeds) - self._place) - place) / max(rate, 1e-9)
         left = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
         loss = f", loss {self._history.steps[-1]['loss']:.3f}" if self._history.steps else ""
-        return (
-            f"{self._of_seed()}step {step} of {self.total_steps}, {rate:.1f} steps/s, {left} left{loss}{self._scored()}"
-        )
+        steps = f"step {place} of {self.total_steps}, {rate:.1f} steps/s, {left} left"
+        return f"{self._of_seed()}{steps}{loss}{self._scored()}"
 
     def _draw(self) -> None:
         steps, alt = self._history.steps, "no run yet"
@@ -145,7 +147,8 @@ class LiveCurve(Callback):
             self._score_line.set_data([epoch["epoch"] for epoch in epochs], accuracies)
             self._scores.relim()
             self._scores.autoscale_view(scalex=False)
-            now = f"{self._of_seed()}loss {steps[-1]['loss']:.3f} at step {steps[-1]['step']} of {self.total_steps}"
+            place = self._earlier + steps[-1]["step"]
+            now = f"{self._of_seed()}loss {steps[-1]['loss']:.3f} at step {place} of {self.total_steps}"
             alt = f"{now}{self._scored()}"
         buffer = io.BytesIO()
         self._canvas.print_png(buffer, pil_kwargs={"compress_level": 1})

@@ -206,6 +206,17 @@ class Evaluation:
         )
 
 
+def pooled(parts: Sequence[Evaluation]) -> Evaluation:
+    """Several groups of rows as one.
+
+    Args:
+        parts: of each group, all with the same columns of probabilities.
+    """
+    labels, probabilities = ([getattr(part, name) for part in parts] for name in ("labels", "probabilities"))
+    loss = np.average([part.loss for part in parts], weights=[len(part.labels) for part in parts])
+    return Evaluation(np.concatenate(labels), np.concatenate(probabilities), float(loss))
+
+
 def over_seeds(evaluations: Sequence[Evaluation]) -> tuple[float, tuple[float, float]]:
     """Mean accuracy of the same rows over seeds, and its 95 % interval over rows and seeds.
 

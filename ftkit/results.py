@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,18 @@ class Outcome:
         seed: that it was made with.
         history: of the training; it has the cost too.
         evaluations: of the trained model, by split; a score is looked at in the first one first.
+        figures: by name, what else was measured of it; a study records them.
     """
 
     seed: int
     history: "History"
     evaluations: Mapping[str, "Evaluation"]
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+def mean_figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """The further figures of one method's runs, each the mean over them."""
+    return {name: sum(outcome.figures[name] for outcome in outcomes) / len(outcomes) for name in outcomes[0].figures}
 
 
 def method_entry(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ftkit.metrics import Evaluation, compare
-from ftkit.results import Outcome, method_entry, results_table
+from ftkit.results import Outcome, mean_figures, method_entry, results_table
 from ftkit.schema import NotebookSettings, in_words
 
 STYLE = """<style>
@@ -53,7 +53,8 @@ class PanelRun:
         histories = [outcome.history for outcome in self.outcomes]
         seeds = [outcome.seed for outcome in self.outcomes]
         weights = histories[0].trainable_parameters
-        return method_entry(self.evaluations, histories, seeds=seeds, trainable_parameters=weights)
+        entry = method_entry(self.evaluations, histories, seeds=seeds, trainable_parameters=weights)
+        return entry | mean_figures(self.outcomes)
 
     @property
     def ended(self) -> str:
@@ -92,6 +93,9 @@ def table_html(runs: Sequence[PanelRun], start: NotebookSettings) -> str:
     splits = ", ".join(dict.fromkeys(run.split for run in runs))
     table = table.rename(columns={"accuracy": f"accuracy on {splits}", "seconds": "seconds a seed"})
     table.insert(0, "settings", [run.told(names) or "as given" for run in runs])
+    for name in dict.fromkeys(figure for run in runs for figure in mean_figures(run.outcomes)):
+        values = [mean_figures(run.outcomes).get(name) for run in runs]
+        table[name.replace("_", " ")] = ["–" if value is None else f"{value:.3f}" for value in values]
     table["ended"] = [run.ended for run in runs]
     return STYLE + table.rename_axis(columns="run").to_html(classes="ftkit-runs", border=0, justify="unset")
 

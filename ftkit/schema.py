@@ -268,6 +268,10 @@ def _known_dataset(name: str) -> str:
     return name
 
 
+def _source(name: str) -> str:
+    return name if Path(name).is_file() else _known_dataset(name)
+
+
 def _existing_file(name: str) -> str:
     if not Path(name).is_file():
         raise ValueError("there is no such file: give its path, from the current folder or from the root")
@@ -277,3 +281,4 @@ def _existing_file(name: str) -> str:
 Model = Annotated[str, AfterValidator(_known_model)]
 Dataset = Annotated[str, AfterValidator(_known_dataset)]
 OwnFile = Annotated[str, AfterValidator(_existing_file)]
+Source = Annotated[str, AfterValidator(_source)]  # a data set or a file of the reader's

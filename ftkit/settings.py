@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from ftkit.schema import Dataset, Model, NotebookSettings, OwnFile, setting
+from ftkit.schema import Dataset, Model, NotebookSettings, OwnFile, Source, setting
 
 
 class TextSettings(NotebookSettings):
@@ -163,3 +163,51 @@ class Prompting(TextSettings):
         log=True,
     )
     batch_size: int = setting("rows a step", 8, between=(1, 1024), unit="rows", log=True)
+
+
+class Continual(NotebookSettings):
+    """Notebook 05."""
+
+    NOTEBOOK: ClassVar = "05_catastrophic_forgetting"
+    PANEL: ClassVar = (
+        "sequence", "strategy", "strength", "buffer", "rank", "lr", "rows", "num_epochs", "batch_size", "seed",
+        "num_seeds",
+    )  # fmt: skip
+
+    model: Model = setting("an asset, a hub id (owner/name) or a folder", "minilm", gpu="google-bert/bert-base-uncased")
+    sequence: Literal["tasks", "domains", "classes"] = setting(
+        "tasks have a head each, domains share one, classes come in parts", "tasks"
+    )
+    sources: list[Source] = setting("what is learned: assets, hub ids, your files; [] for the lesson's", [])
+    reverse: bool = setting("learn it in the reverse order", False)
+    rows: int = setting(
+        "training rows of each task", 300, smoke=24, gpu=2000, between=(2, 1_000_000), unit="rows", log=True
+    )
+    test_rows: int = setting(
+        "rows of each task that scores are measured on", 200, smoke=32, gpu=1000, between=(2, 1_000_000), unit="rows",
+        log=True,
+    )  # fmt: skip
+    max_length: int = setting(
+        "tokens kept of a text", 32, smoke=16, gpu=128, between=(8, 8192), unit="tokens", log=True
+    )
+    seed: int = setting("the first seed; the record has 0 to 2", 5, between=(0, 1_000_000))
+    num_seeds: int = setting(
+        "seeds; each draws its own rows, weights and order", 1, gpu=3, between=(1, 100), unit="seeds"
+    )
+    strategy: Literal[
+        "naive", "joint", "frozen", "low_rate", "l2sp", "ewc", "lwf", "replay", "replay_distillation", "lora",
+        "lora_per_task", "wise_ft",
+    ] = setting("what is done against forgetting", "ewc")  # fmt: skip
+    strength: float = setting(
+        "of low_rate, l2sp, ewc, lwf, wise_ft, each on its own scale", 1e4, between=(1e-3, 1e7), log=True
+    )
+    buffer: int = setting("rows that replay remembers", 100, smoke=8, between=(1, 1_000_000), unit="rows", log=True)
+    rank: int = setting("rank of the LoRA strategies", 8, between=(1, 256), log=True)
+    lr: float = setting("peak learning rate", 3e-4, gpu=5e-5, between=(1e-7, 1), log=True)
+    num_epochs: int = setting("passes over the rows of a task", 2, smoke=1, between=(1, 100), unit="epochs")
+    batch_size: int = setting("rows a step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
+
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds of the run."""
+        return list(range(self.seed, self.seed + self.num_seeds))

@@ -256,7 +256,7 @@ def _record(row: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
         f"{split}_{score}": float(getattr(evaluation, score))
         for split, evaluation in outcome.evaluations.items()
         for score in SCORES
-    }
+    } | {name: float(figure) for name, figure in outcome.figures.items()}
     for name, value in scores.items():
         if not math.isfinite(value):
             raise StudyError(f"{name} is {value}")

@@ -4,26 +4,31 @@ import tomllib
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ftkit import assets
 from ftkit.data import encode, load_text
 from ftkit.metrics import majority_accuracy
 from ftkit.models import load_classifier
+from ftkit.multihead import MultiHead
 from ftkit.runs import assets_of, find_notebook, run_notebook
 from ftkit.schema import settings_of
+from ftkit.settings import Continual
+from ftkit.tasks import many_tasks
 from ftkit.training import evaluate
 
 ROOT = Path(__file__).parents[1]
 BANDS = tomllib.loads((ROOT / "tests" / "bands.toml").read_text(encoding="utf-8"))
 FURTHER_SEED = 5  # the bands are of the seeds 0 to 4; see benchmarks/bands.py
 # BitFit fails with some seeds in the few steps of lesson 03; prompts that fail are what lesson 04 is about, and its
-# encoder has few rows
+# encoder has few rows; LoRA learns unevenly at the rate that is best in lesson 05
 PROMPTING = {"zero_shot_worst", "few_shot", "calibrated", "encoder_full"}
 MAY_LEARN_NOTHING = {
     ("03_lora_and_adapters", "cpu"): {"bitfit"},
     ("04_prompt_learning", "smoke"): PROMPTING,
     ("04_prompt_learning", "cpu"): PROMPTING,
+    ("05_catastrophic_forgetting", "cpu"): {"lora"},
 }
 
 
@@ -31,6 +36,8 @@ MAY_LEARN_NOTHING = {
 def baselines(notebook: str, tier: str) -> tuple[float, list[float], list[float]]:
     """Accuracy of the commonest class, of five networks with an untrained head, and of each constant answer."""
     settings = settings_of(notebook).at(tier, **BANDS[notebook][tier]["parameters"])
+    if isinstance(settings, Continual):
+        return baselines_of_sequence(settings)
     splits = load_text(settings.source, test=settings.test_rows)
     names, untrained = splits["train"].features["label"].names, []
     for seed in range(5):
@@ -41,6 +48,24 @@ def baselines(notebook: str, tier: str) -> tuple[float, list[float], list[float]
     labels = splits["test"]["label"][:]
     constant = [labels.count(label) / len(labels) for label in range(len(names))]
     return majority_accuracy(splits["train"]["label"][:], labels), untrained, constant
+
+
+def baselines_of_sequence(settings: Continual) -> tuple[float, list[float], list[float]]:
+    """The same, of all tasks together: the commonest class of each task is the one constant answer."""
+    sequence = many_tasks(settings.sources).draw(
+        train=settings.rows, validation=1, test=settings.test_rows, seed=FURTHER_SEED
+    )
+    untrained, constant = [], []
+    for seed in range(5):
+        network, tokenizer = load_classifier(settings.model, sequence.class_names, seed=seed)
+        tasks = sequence.encode(tokenizer, max_length=settings.max_length)
+        rows = [row for task in tasks for row in task["test"]]
+        untrained.append(evaluate(MultiHead(network, sequence), rows).accuracy)
+    for task in sequence.tasks:
+        commonest = np.bincount(task.splits["train"]["label"][:]).argmax()
+        constant += [label == commonest for label in task.splits["test"]["label"]]
+    majority = float(np.mean(constant))
+    return majority, untrained, [majority]
 
 
 def test_every_notebook_has_bands_at_both_tiers() -> None:
@@ -58,10 +83,11 @@ def test_scores_of_a_further_seed_lie_within_their_bands(notebook: str, tmp_path
     run = run_notebook(notebook, parameters, tier="smoke", out=tmp_path, progress=False)
     assert run.error is None
     assert run.metrics.pop("majority")["accuracy"] == pytest.approx(baselines(notebook, "smoke")[0])
+    scores = {name: method[declared["score"]] for name, method in run.metrics.items()}
     outside = {
-        name: (band["low"], run.metrics[name]["accuracy"], band["high"])
+        name: (band["low"], scores[name], band["high"])
         for name, band in declared["bands"].items()
-        if not band["low"] <= run.metrics[name]["accuracy"] <= band["high"]
+        if not band["low"] <= scores[name] <= band["high"]
     }
     assert not outside
     assert set(run.metrics) == set(declared["bands"])

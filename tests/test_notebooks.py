@@ -146,6 +146,52 @@ WRONG = {
         "n, (a, b) = 0, prompts[:2]\nwhile a[n] == b[n] and n < min(len(a), len(b)) - 1:\n    n += 1\nreturn n": "all",
         "pass": "return the number",
     },
+    ("05_catastrophic_forgetting", "matrix-metrics"): {
+        "return R.mean(), 0, 0, 0": "last row only",
+        "return R[-1].mean(), R[-1].mean(), 0, 0": "the diagonal",
+        "f = (R.diagonal() - R[-1])[:-1].mean()\nreturn R[-1].mean(), R.diagonal().mean(), f, -f": "from the best",
+        "f = (R.max(axis=0) - R[-1]).mean()\nreturn R[-1].mean(), R.diagonal().mean(), f, 0": "can't be forgotten",
+        "f = (R.max(axis=0) - R[-1])[:-1].mean()\nreturn R[-1].mean(), R.diagonal().mean(), f, 0": "not among them",
+        "f = (R[:-1].max(axis=0) - R[-1])[:-1].sum() / len(R)\n"
+        "return R[-1].mean(), R.diagonal().mean(), f, 0": "T - 1, the last task",
+        "return R[-1].mean(), R.diagonal().mean(), 0.1, 0": "expected 0.175, got 0.100",
+        "f = (R[:-1, :-1].max(axis=0) - R[-1, :-1]).mean()\n"
+        "return R[-1].mean(), R.diagonal().mean(), f, (R[-1] - R.diagonal()).mean()": "always 0",
+        "f = (R[:-1, :-1].max(axis=0) - R[-1, :-1]).mean()\n"
+        "return R[-1].mean(), R.diagonal().mean(), f, (R.diagonal() - R[-1])[:-1].mean()": "negative where",
+        "f = (R[:-1, :-1].max(axis=0) - R[-1, :-1]).mean()\n"
+        "return R[-1].mean(), R.diagonal().mean(), f, -f": "expected -0.125",
+        "pass": "return four numbers",
+    },
+    ("05_catastrophic_forgetting", "ewc-penalty"): {
+        "return strength / 2 * sum(((weights[n] - old[n]) ** 2).sum() for n in old)": "Fisher information",
+        "return strength * sum((fisher[n] * (weights[n] - old[n]) ** 2).sum() for n in old)": "half of it",
+        "return strength / 2 * sum((fisher[n] * (weights[n] - old[n]) ** 2).mean() for n in old)": "no mean",
+        "return strength / 2 * sum((fisher[n] * (weights[n] - old[n])).sum() for n in old)": "square the differences",
+        "return strength / 2 * sum(((fisher[n] * (weights[n] - old[n])) ** 2).sum() for n in old)": "not squared again",
+        "return strength / 2 * (fisher['a'] * (weights['a'] - old['a']) ** 2).sum()": "expected 17.5",
+        "return sum((fisher[n] * (weights[n] - old[n]) ** 2).sum() for n in old) / 2": "multiply by the strength",
+        "pass": "return the penalty",
+    },
+    ("05_catastrophic_forgetting", "fisher"): {
+        "return torch.autograd.grad(torch.nn.functional.cross_entropy(X @ W.T, y), W)[0] ** 2": "bug is still there",
+        "loss = torch.nn.functional.cross_entropy(X @ W.T, y, reduction='sum')\n"
+        "return torch.autograd.grad(loss, W)[0] ** 2": "same bug",
+        "p = (X @ W.T).softmax(-1) - torch.eye(len(W))[y]\n"
+        "return ((p[:, :, None] * X[:, None]) ** 2).sum(0)": "not their sum",
+        "p = (X @ W.T).softmax(-1) - torch.eye(len(W))[y]\n"
+        "return (p[:, :, None] * X[:, None]).abs().mean(0)": "squared gradients",
+        "return torch.zeros(3)": "one number a weight",
+        "pass": "return the Fisher information",
+    },
+    ("05_catastrophic_forgetting", "reservoir"): {
+        "return rng.integers(n)": "there are the places 0 to 4",
+        "return n - 1 if n <= size else None": "first rows stay",
+        "return n - 1 if n <= size else rng.integers(size)": "last row is always kept",
+        "return n - 1 if n <= size else (rng.integers(size) if rng.random() < 0.5 else None)": "all should be 25 %",
+        "return n - 1 if n < size else None": "all 5 places are taken",
+        "pass": "nothing was kept",
+    },
 }
 # Right answers of another kind than the solution, which the check must take
 RIGHT = {
@@ -158,6 +204,12 @@ RIGHT = {
         "return sum(every) / (len(every) if normalise else 1)"
     ],
     ("04_prompt_learning", "answer-labels"): ["return tuple([-100] * (len(prompt) - 1) + list(answer) + [-100])"],
+    ("05_catastrophic_forgetting", "fisher"): [
+        "p = (X @ W.T).softmax(-1) - torch.eye(len(W))[y]\nreturn ((p[:, :, None] * X[:, None]) ** 2).mean(0)"
+    ],
+    ("05_catastrophic_forgetting", "reservoir"): [
+        "if n <= size:\n    return n - 1\nreturn rng.integers(size) if rng.random() < size / n else None"
+    ],
     ("01_full_fine_tuning", "accumulation"): ["return float(np.average(mean_losses, weights=sizes))"],
 }
 
@@ -290,7 +342,7 @@ def test_runs_at_the_smoke_tier_without_a_network(path: Path, tmp_path: Path) ->
     results = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert {"settings", "metrics"} == set(results)
     for method in results["metrics"].values():
-        assert {"accuracy", "ci95", "seeds", "by_seed", "trainable_parameters", "seconds", "peak_rss_mib"} == set(
+        assert {"accuracy", "ci95", "seeds", "by_seed", "trainable_parameters", "seconds", "peak_rss_mib"} <= set(
             method
         )
         assert 0 <= method["ci95"][0] <= method["accuracy"] <= method["ci95"][1] <= 1
@@ -331,11 +383,13 @@ def test_the_readme_shows_the_results_of_the_committed_notebook() -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_results_lie_within_the_bands_of_the_cpu_tier(path: Path) -> None:
-    bands = tomllib.loads((ROOT / "tests" / "bands.toml").read_text(encoding="utf-8"))[path.stem]["cpu"]["bands"]
+    declared = tomllib.loads((ROOT / "tests" / "bands.toml").read_text(encoding="utf-8"))[path.stem]["cpu"]
+    headings = committed_pages(path, "results_table(")[0].select("thead tr:first-child th")
+    column = [heading.get_text() for heading in headings][1:].index(declared["score"].replace("_", " "))
     shown = {name.replace(" ", "_"): cells for name, cells in committed_tables(path, "results_table(")[0].items()}
-    assert set(bands) | {"majority"} == set(shown)
-    for name, band in bands.items():
-        assert band["low"] <= float(shown[name][0]) <= band["high"], name
+    assert set(declared["bands"]) | {"majority"} == set(shown)
+    for name, band in declared["bands"].items():
+        assert band["low"] <= float(shown[name][column]) <= band["high"], name
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -69,7 +69,7 @@ def train(settings, seed, callbacks=()):
     steps = [{"step": 1, "loss": 0.7}] * 3
     ended = "interrupted" if bad == "interrupted" and seed == 1 else "finished"
     history = History(steps=steps, ended=ended, trainable_parameters=7, seconds=1.234, peak_rss_mib=500.0)
-    return Outcome(seed, history, {"test": tested, "validation": tested})
+    return Outcome(seed, history, {"test": tested, "validation": tested}, {"forgetting": 0.25})
 '''
 COMMAND = (
     "import sys, pathlib; from ftkit.studies import run_study; run_study('tiny', folder=pathlib.Path(sys.argv[1]))"
@@ -121,7 +121,13 @@ def test_united_grids_are_run_once_each_and_a_row_tells_all(
     p = np.random.default_rng([2, 50]).dirichlet([1, 1], size=40)
     assert float(row["test_accuracy"]) == np.mean(p.argmax(axis=1) == np.arange(40) % 2)
     assert 0 < float(row["validation_macro_f1"]) < 1
-    expected = {"test_loss": "0.5", "trainable_parameters": "7", "steps": "3", "ended": "finished"}
+    expected = {
+        "test_loss": "0.5",
+        "trainable_parameters": "7",
+        "steps": "3",
+        "ended": "finished",
+        "forgetting": "0.25",
+    }
     expected |= {"seconds": "1.23", "peak_rss_mib": "500.0", "code": read_declaration("tiny", folder).code}
     expected |= {name: describe_machine()[name] for name in ("machine", "versions", "revision")}
     assert row.items() >= expected.items()

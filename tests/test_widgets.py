@@ -346,6 +346,35 @@ def test_two_panels_do_not_train_at_once() -> None:
     assert len(other.runs) == 1
 
 
+def test_further_figures_have_columns_means_over_the_seeds() -> None:
+    def measuring(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
+        figures = {"weight_distance": 0.25 + seed} if settings.num_epochs == 2 else {}
+        return Outcome(seed, History(), {"test": evaluation()}, figures)
+
+    panel = Panel(FullFineTuning.at("smoke", num_seeds=2), measuring)
+    for num_epochs in (1, 2):
+        panel.controls["num_epochs"].widget.value = num_epochs
+        train(panel)
+    assert [row["weight distance"] for row in rows_of(panel)] == ["–", "0.750"]
+    assert panel.runs[1].entry["weight_distance"] == 0.75
+
+
+def test_a_seed_may_have_several_trainings() -> None:
+    def two_tasks(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
+        tiny_train(settings, seed, callbacks)
+        return tiny_train(settings, seed, callbacks)
+
+    panel = Panel(FullFineTuning.at("smoke"), two_tasks)
+    said = []
+    panel.curve.status.observe(lambda change: said.append(told(panel.curve.status)), "value")
+    train(panel)
+    assert panel.curve.total_steps == 24
+    assert any("step 12 of 12" in text for text in said)
+    assert any("step 24 of 24" in text for text in said)
+    train(panel)
+    assert panel.curve.total_steps == 24  # begun anew
+
+
 def test_two_runs_are_compared() -> None:
     def scoring(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
         wrong = {1: 30, 2: 2, 3: 2}.get(settings.num_epochs, 10)
