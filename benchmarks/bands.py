@@ -27,11 +27,11 @@ LEVEL = 0.99
 ROUNDING = 0.01  # a machine that sums in another order classifies a few rows differently
 
 
-def band(accuracies: list[float], trained: bool) -> tuple[float, float]:
-    """Where the accuracy of the further seed is expected, given those of the seeds 0, 1, … without it."""
-    others = accuracies[:FURTHER_SEED] + accuracies[FURTHER_SEED + 1 :]
+def band(scores: list[float], trained: bool) -> tuple[float, float]:
+    """Where the score of the further seed is expected, given those of the seeds 0, 1, … without it."""
+    others = scores[:FURTHER_SEED] + scores[FURTHER_SEED + 1 :]
     if not trained:
-        return accuracies[FURTHER_SEED] - ROUNDING, accuracies[FURTHER_SEED] + ROUNDING
+        return scores[FURTHER_SEED] - ROUNDING, scores[FURTHER_SEED] + ROUNDING
     n = len(others)
     reach = stats.t.ppf(0.5 + LEVEL / 2, n - 1) * np.std(others, ddof=1) * np.sqrt(1 + 1 / n) + ROUNDING
     return float(np.mean(others) - reach), float(np.mean(others) + reach)

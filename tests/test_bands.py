@@ -1,4 +1,4 @@
-"""Every notebook, run by papermill with other than its default parameters: its scores lie where five seeds put them."""
+"""Every notebook, run by papermill with other than its default parameters: each score lies where other seeds put it."""
 
 import tomllib
 from functools import cache
@@ -20,7 +20,7 @@ from ftkit.training import evaluate
 
 ROOT = Path(__file__).parents[1]
 BANDS = tomllib.loads((ROOT / "tests" / "bands.toml").read_text(encoding="utf-8"))
-FURTHER_SEED = 5  # the bands are of the seeds 0 to 4; see benchmarks/bands.py
+FURTHER_SEED = 5  # the bands are of other seeds; see benchmarks/bands.py
 # BitFit fails with some seeds in the few steps of lesson 03; prompts that fail are what lesson 04 is about, and its
 # encoder has few rows; LoRA learns unevenly at the rate that is best in lesson 05
 PROMPTING = {"zero_shot_worst", "few_shot", "calibrated", "encoder_full"}
