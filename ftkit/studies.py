@@ -125,26 +125,20 @@ class Study:
             where: values of other varied parameters.
 
         Returns:
-            By value: mean; low and high, the 95 % t interval of the mean; run_low and run_high, the 95 % prediction
-            interval of one further run; seeds, how many. The intervals are NaN where there is one seed.
+            By value: mean, low, high, run_low, run_high, as in ``over_runs``; seeds, how many.
 
         Raises:
             ValueError: no such parameter, value or score.
         """
-        from scipy.stats import t
+        import pandas as pd
 
         if score not in self.rows:
             raise ValueError(f"The study has no score {score!r}: did you mean {nearest(score, self.rows.columns)!r}?")
         self.declaration.having(**{by: []})
         rows = self.of(**where, **{by: list({row[by] for row in self.declaration.rows})})
-        table = rows.groupby(by)[score].agg(["mean", "std", "count"])
-        error, quantile = table["std"] / table["count"] ** 0.5, t.ppf(0.975, table["count"] - 1)
-        run_error = table["std"] * (1 + 1 / table["count"]) ** 0.5
-        for columns, arm in ((("low", "high"), quantile * error), (("run_low", "run_high"), quantile * run_error)):
-            for column, end in zip(columns, (table["mean"] - arm, table["mean"] + arm), strict=True):
-                table[column] = end
-        table = table.drop(columns="std").rename(columns={"count": "seeds"})
-        return table[["mean", "low", "high", "run_low", "run_high", "seeds"]].rename_axis(columns=score)
+        groups = rows.groupby(by)[score]
+        table = pd.DataFrame({value: over_runs(scores) for value, scores in groups}).T
+        return table.assign(seeds=groups.count()).rename_axis(index=by, columns=score)
 
     def near_best(self, by: str, score: str, **where: Any) -> list[Any]:
         """The value of a parameter with the highest mean score, then those that can't be told from it.
@@ -154,16 +148,12 @@ class Study:
         Args:
             by, score, where: as for ``summary``.
         """
-        from scipy.stats import t
-
         means = self.summary(by, score, **where)["mean"]
         rows = self.of(**where, **{by: list(means.index)})
         by_seed = rows.pivot_table(index="seed", columns=by, values=score)
         best = means.idxmax()
         behind = by_seed.drop(columns=best).rsub(by_seed[best], axis=0)
-        count = behind.count()
-        lowest = behind.mean() - t.ppf(0.975, count - 1) * behind.std() / count**0.5
-        return [best, *lowest.index[~(lowest > 0)]]
+        return [best, *(value for value in behind if not over_runs(behind[value])["low"] > 0)]
 
     @property
     def origin(self) -> str:
@@ -180,6 +170,26 @@ class Study:
         ours = self.declaration.base.model_dump()
         compared = {*self.declaration.fixed, *self.declaration.varied, *(name for name in ours if ours[name] is None)}
         return [name for name in ours if name in compared - {by} and getattr(settings, name) != ours[name]]
+
+
+def over_runs(values: "pd.Series") -> "pd.Series":
+    """A score over runs with several seeds, or the difference of two methods seed by seed.
+
+    Args:
+        values: one a run, shape (seeds,), taken for normally distributed.
+
+    Returns:
+        mean; low and high, the 95 % t interval of the mean; run_low and run_high, the 95 % prediction interval of one
+        further run. The intervals are NaN where there is one run.
+    """
+    import pandas as pd
+    from scipy.stats import t
+
+    mean, count = values.mean(), values.count()
+    arm = t.ppf(0.975, count - 1) * values.std()
+    of_mean, of_run = arm / count**0.5, arm * (1 + 1 / count) ** 0.5
+    ends = {"low": mean - of_mean, "high": mean + of_mean, "run_low": mean - of_run, "run_high": mean + of_run}
+    return pd.Series({"mean": mean, **ends})
 
 
 def load_study(name: str, folder: Path = FOLDER) -> Study:
