@@ -62,10 +62,10 @@ def _address(runtime: Path) -> str:
     """Where the server listens, once it does."""
     for _ in range(300):
         for file in runtime.glob("jpserver-*.json"):
-            address = json.loads(file.read_text(encoding="utf-8"))["url"]
             try:
+                address = json.loads(file.read_text(encoding="utf-8"))["url"]
                 urllib.request.urlopen(f"{address}api", timeout=5)
-            except urllib.error.URLError:
+            except (json.JSONDecodeError, urllib.error.URLError):  # half written, or not listening yet
                 break
             return address
         time.sleep(0.2)
