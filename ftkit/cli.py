@@ -157,9 +157,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _study(arguments: argparse.Namespace) -> int:
     import csv
 
-    from ftkit import grid, studies
+    from ftkit import grid, recording
 
-    path = studies.run_study(arguments.name, grid.each_once(arguments.only))
+    path = recording.run_study(arguments.name, grid.each_once(arguments.only))
     with path.open(encoding="utf-8", newline="") as file:
         count = sum(1 for _ in csv.DictReader(file))
     print(f"{path}: {count} rows")

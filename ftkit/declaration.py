@@ -20,6 +20,7 @@ from ftkit.schema import NotebookSettings, in_words, settings_of
 from ftkit.spelling import nearest
 
 FOLDER = Path(__file__).parents[1] / "data" / "studies"
+TEXTS = ("ended", "machine", "versions", "revision", "code")  # columns that are text even where they look like numbers
 
 
 class StudyError(RuntimeError):

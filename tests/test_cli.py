@@ -4,7 +4,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ftkit import assets, cli, studies
+from ftkit import assets, cli, recording
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_a_study_is_run_with_the_values_that_are_wanted(
 ) -> None:
     asked = []
     (tmp_path / "rates.csv").write_text('a,b\n1,"two\nlines"\n2,x\n', encoding="utf-8")
-    monkeypatch.setattr(studies, "run_study", lambda *given: asked.append(given) or tmp_path / "rates.csv")
+    monkeypatch.setattr(recording, "run_study", lambda *given: asked.append(given) or tmp_path / "rates.csv")
     assert cli.main(["study", "rates", "--only", "rows=50,100", "lr=1e-4"]) == 0
     assert asked == [("rates", {"rows": [50, 100], "lr": [1e-4]})]
     assert capsys.readouterr().out == f"{tmp_path / 'rates.csv'}: 2 rows\n"

@@ -19,9 +19,10 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from ftkit.declaration import FOLDER, StudyError, read_declaration
 from ftkit.machine import describe_machine
+from ftkit.recording import run_study
 from ftkit.schema import SettingsError
 from ftkit.settings import FullFineTuning
-from ftkit.studies import Study, load_study, run_study
+from ftkit.studies import Study, load_study
 
 TOML = """
 notebook = "01_full_fine_tuning.ipynb"
@@ -72,7 +73,7 @@ def train(settings, seed, callbacks=()):
     return Outcome(seed, history, {"test": tested, "validation": tested}, {"forgetting": 0.25})
 '''
 COMMAND = (
-    "import sys, pathlib; from ftkit.studies import run_study; run_study('tiny', folder=pathlib.Path(sys.argv[1]))"
+    "import sys, pathlib; from ftkit.recording import run_study; run_study('tiny', folder=pathlib.Path(sys.argv[1]))"
 )
 
 
