@@ -27,21 +27,24 @@ FEATURES = {"text": "text_features", "image": "image_features"}  # columns of wh
 PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def clip_loss(text: Tensor, image: Tensor, logit_scale: Tensor, groups: Tensor | None = None) -> Tensor:
+def clip_loss(
+    text: Tensor, image: Tensor, logit_scale: Tensor, groups: Tensor | None = None, *, normalise: bool = True
+) -> Tensor:
     """The symmetric InfoNCE loss of CLIP (Radford et al., 2021): each text finds its picture, each picture its text.
 
     A model that knows nothing scores ln B.
 
     Args:
-        text, image: embeddings of B pairs, shape (B, D); they are normalised here.
-        logit_scale: logarithm of the factor on the cosines, a scalar.
+        text, image: embeddings of B pairs, shape (B, D).
+        logit_scale: logarithm of the factor on the similarities, a scalar.
         groups: a number for each pair, shape (B,); pairs of one number say the same, and are not each other's
             negatives. None takes all pairs for different.
+        normalise: whether the similarities are cosines; else they are dot products.
 
     Returns:
         The mean loss, a scalar, in nats.
     """
-    logits = logit_scale.exp() * F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T
+    logits = logit_scale.exp() * _similarities(text, image, normalise)
     if groups is not None:
         logits = logits.masked_fill(_duplicates(groups), -torch.inf)
     targets = torch.arange(len(logits), device=logits.device)
@@ -49,23 +52,35 @@ def clip_loss(text: Tensor, image: Tensor, logit_scale: Tensor, groups: Tensor |
 
 
 def siglip_loss(
-    text: Tensor, image: Tensor, logit_scale: Tensor, groups: Tensor | None, logit_bias: Tensor
+    text: Tensor,
+    image: Tensor,
+    logit_scale: Tensor,
+    groups: Tensor | None,
+    logit_bias: Tensor,
+    *,
+    normalise: bool = True,
 ) -> Tensor:
     """The pairwise sigmoid loss of SigLIP (Zhai et al., 2023): each of the B² combinations is right or wrong.
 
     Args:
-        text, image, logit_scale, groups: as for ``clip_loss``.
+        text, image, logit_scale, groups, normalise: as for ``clip_loss``.
         logit_bias: added to the logits, a scalar.
 
     Returns:
         The summed loss of the B² combinations over B, a scalar, in nats.
     """
-    logits = logit_scale.exp() * F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).T + logit_bias
+    logits = logit_scale.exp() * _similarities(text, image, normalise) + logit_bias
     right = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     losses = -F.logsigmoid(torch.where(right, logits, -logits))
     if groups is not None:
         losses = losses.masked_fill(_duplicates(groups), 0.0)
     return losses.sum() / len(logits)
+
+
+def _similarities(text: Tensor, image: Tensor, normalise: bool) -> Tensor:
+    if normalise:
+        text, image = F.normalize(text, dim=-1), F.normalize(image, dim=-1)
+    return text @ image.T
 
 
 def _duplicates(groups: Tensor) -> Tensor:
@@ -169,8 +184,10 @@ class TwoTowers(OwnLoss):
     def pair_loss(self, text: Tensor, image: Tensor, groups: Tensor | None = None) -> Tensor:
         """The loss that this model is trained with, of embeddings as for ``clip_loss``."""
         if self.loss == "siglip":
-            return siglip_loss(text, image, self.logit_scale, groups, self.logit_bias)
-        return (clip_loss if self.loss == "clip" else self.loss)(text, image, self.logit_scale, groups)
+            return siglip_loss(text, image, self.logit_scale, groups, self.logit_bias, normalise=self.normalise)
+        if self.loss == "clip":
+            return clip_loss(text, image, self.logit_scale, groups, normalise=self.normalise)
+        return self.loss(text, image, self.logit_scale, groups)
 
     def embed_text(self, text_features: Tensor | None = None, **columns: Tensor) -> Tensor:
         """Embeddings (B, D) of tokenised texts, or of what the locked text tower gave, (B, width)."""
@@ -185,7 +202,7 @@ class TwoTowers(OwnLoss):
 
     def _embed(self, tower: nn.Module, head: nn.Module, inputs: dict[str, Tensor], features: Tensor | None) -> Tensor:
         if features is None:
-            features = self._encode_in_chunks(tower, inputs)
+            features = tower(**inputs)
         embedded = head(features)
         return F.normalize(embedded, dim=-1) if self.normalise else embedded
 
@@ -204,7 +221,7 @@ class TwoTowers(OwnLoss):
             self.logit_scale.clamp_(0, MAX_SCALE)
 
     @torch.inference_mode()
-    def encode(self, rows: Sequence[Any], *, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+    def encode(self, rows: Sequence[Any], *, batch_size: int = 16) -> tuple[Tensor, Tensor]:
         """Embeddings of the texts and of the pictures of all rows, in eval mode, on the CPU, (N, D) each."""
         order, texts, images = [], [], []
         with eval_mode(self):
@@ -229,14 +246,20 @@ class TwoTowers(OwnLoss):
                 embedded.append(self.embed_text(**batch.to(self.device)).float().cpu())
         return torch.cat(embedded)
 
-    def encode_pictures(self, pictures: ArrayLike, *, batch_size: int = 64) -> Tensor:
+    @torch.inference_mode()
+    def encode_pictures(self, pictures: ArrayLike, *, batch_size: int = 16) -> Tensor:
         """Embeddings of pictures, uint8 of shape (N, S, S, 3), in eval mode, on the CPU, (N, D)."""
         import pandas as pd
 
         pictures = np.asarray(pictures)
         pairs = Pairs(pictures, [""] * len(pictures), pd.DataFrame(index=range(len(pictures))))
-        rows = encode_pairs({"": pairs}, self)[""]
-        return self.encode(rows, batch_size=batch_size)[1]
+        most = min(self.text.tokenizer.model_max_length, 32)
+        rows, embedded = encode_pairs({"": pairs}, self, max_length=most)[""], []
+        with eval_mode(self):
+            for start in range(0, len(rows), batch_size):
+                part = [rows[i]["pixel_values"] for i in range(len(rows))[start : start + batch_size]]
+                embedded.append(self.embed_image(torch.from_numpy(np.stack(part)).to(self.device)).float().cpu())
+        return torch.cat(embedded)
 
     def measure(self, rows: Any, batch_size: int) -> Retrieval:
         """Each text ranks all pictures of the rows; the loss is that of all rows as one batch, in nats."""

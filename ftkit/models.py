@@ -238,8 +238,9 @@ def _locate(
     if Path(name_or_path).is_dir():
         return str(name_or_path), local, f"give a folder that save() wrote, or a model like {example}"
     if isinstance(name_or_path, Path) or str(name_or_path).count("/") != 1:
-        known = "".join(f"{name}, " for kind in kinds for name in assets.names(kind))
-        raise ModelError(f"There is no model {str(name_or_path)!r}: give {known}a folder, or a hub id like owner/name.")
+        known = ", ".join(name for kind in kinds for name in assets.names(kind))
+        asset = f"an asset ({known}), " if known else ""
+        raise ModelError(f"There is no model {str(name_or_path)!r}: give {asset}a folder, or a hub id like owner/name.")
     name = str(name_or_path)
     if assets.offline():
         return name, local, f"FTKIT_OFFLINE is set: unset it, or use one like {example}"

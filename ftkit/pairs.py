@@ -47,6 +47,13 @@ class Pairs:
         return Pairs(self.pictures[chosen], captions, self.facts.iloc[chosen].reset_index(drop=True))
 
 
+def join(parts: Sequence[Pairs]) -> Pairs:
+    """The pairs of several parts, of one picture size, one after the other."""
+    pictures = np.concatenate([part.pictures for part in parts])
+    captions = [caption for part in parts for caption in part.captions]
+    return Pairs(pictures, captions, pd.concat([part.facts for part in parts], ignore_index=True))
+
+
 class PairRows(Sequence):
     """Pairs as ``fit`` and ``evaluate`` read them: a dict a row.
 

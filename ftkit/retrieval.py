@@ -36,7 +36,7 @@ class Retrieval:
         """The place, from 1, of the best right picture of each text, shape (N,); a wrong one as similar goes before."""
         right = self.labels[:, None] == self.labels
         best = np.where(right, self.similarities, -np.inf).max(axis=1, keepdims=True)
-        return 1 + ((self.similarities >= best) & ~right).sum(axis=1)
+        return 1 + (~(self.similarities < best) & ~right).sum(axis=1)  # a NaN goes before too
 
     @cached_property
     def turned(self) -> "Retrieval":

@@ -55,7 +55,7 @@ class CachedPairs(Sequence):
 
 
 def cache_towers(
-    model: TwoTowers, data: Mapping[str, PairRows], *, views: int = 1, batch_size: int = 32
+    model: TwoTowers, data: Mapping[str, PairRows], *, views: int = 1, batch_size: int = 16
 ) -> dict[str, CachedPairs]:
     """Run each locked tower once over every pair, so that training repeats only what trains.
 

@@ -179,3 +179,13 @@ def test_jitter_moves_within_its_bounds_and_fills_with_the_corner():
     assert 0.79 < min(areas) < 0.87 and 1.13 < max(areas) < 1.23
     first, again, other = (drawings.jitter(picture, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert (first == again).all() and (first != other).any()
+
+
+def test_jitter_turns_by_up_to_10_degrees_either_way():
+    picture = np.zeros((100, 100, 3), dtype=np.uint8)
+    picture[48:52, 20:80] = 255  # a bar, whose slope is the angle
+    angles = []
+    for seed in range(40):
+        rows, columns = np.nonzero(drawings.jitter(picture, np.random.default_rng(seed))[..., 0] > 127)
+        angles.append(np.degrees(np.arctan(np.polyfit(columns, rows, 1)[0])))
+    assert -10.5 < min(angles) < -8 and 8 < max(angles) < 10.5

@@ -1,9 +1,5 @@
 """EfficientNet against the library's network, of which it is a faster form."""
 
-import statistics
-import time
-from collections.abc import Callable
-
 import pytest
 import torch
 from efficientnet_lite_pytorch import EfficientNet as LibraryNetwork
@@ -75,17 +71,3 @@ def test_random_weights_come_from_the_seed_and_keep_the_signal_alive() -> None:
         features = one(pictures)
     assert features.std(0).mean() > 0.03  # pictures differ in their features: with the library's start they don't
     assert 0.1 < features.mean() < 3
-
-
-def test_inference_is_faster_than_the_librarys(library: nn.Module, network: EfficientNet) -> None:
-    """4 times when this was written; 1.2 leaves room for a busy or a different machine."""
-    pictures = make_pictures(32, 128)
-
-    def seconds(encode: Callable[[Tensor], Tensor]) -> float:
-        start = time.perf_counter()
-        encode(pictures)
-        return time.perf_counter() - start
-
-    with torch.inference_mode():
-        pairs = [(seconds(library.extract_features), seconds(network)) for _ in range(5)]
-    assert statistics.median(slow / fast for slow, fast in pairs) > 1.2
