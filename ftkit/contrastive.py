@@ -202,7 +202,7 @@ class TwoTowers(OwnLoss):
 
     def _embed(self, tower: nn.Module, head: nn.Module, inputs: dict[str, Tensor], features: Tensor | None) -> Tensor:
         if features is None:
-            features = tower(**inputs)
+            features = self._encode_in_chunks(tower, inputs)
         embedded = head(features)
         return F.normalize(embedded, dim=-1) if self.normalise else embedded
 

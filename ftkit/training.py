@@ -73,8 +73,8 @@ def fit(
 
     Args:
         model: called as ``model(**batch)`` without the labels; gives an object with ``logits`` of shape (N, C): for N
-            rows, or for the N tokens that are labelled; an ``OwnLoss`` gives its loss instead. What has ``requires_grad`` is trained; modules whose parameters
-            are all frozen run in eval mode.
+            rows, or for the N tokens that are labelled; an ``OwnLoss`` gives its loss instead. What has
+            ``requires_grad`` is trained; modules whose parameters are all frozen run in eval mode.
         data: rows by split, as ``encode`` makes them: "train" and, if there is one, "validation". A row is a dict of
             numbers and sequences; its ``labels`` are its class, or one a token, those of -100 left out.
         settings: see TrainSettings.

@@ -29,7 +29,7 @@ class Line(OwnLoss):
 
     def measure(self, rows: Any, batch_size: int) -> Evaluation:
         self.measured.append((batch_size, self.training or self.dropout.training))
-        right = np.array([abs(float(self.weight) * row["x"] - row["y"]) < 0.5 for row in rows])
+        right = np.array([abs(self.weight.item() * row["x"] - row["y"]) < 0.5 for row in rows])
         probabilities = np.stack([right, ~right], axis=1).astype(float)
         return Evaluation(np.zeros(len(rows), dtype=np.int64), probabilities, 0.25)
 
@@ -63,7 +63,7 @@ def test_accumulated_batches_are_one_large_batch() -> None:
     assert len(one.steps) == len(other.steps) == 2
     assert [s["loss"] for s in other.steps] == pytest.approx([s["loss"] for s in one.steps], rel=1e-5)
     assert [s["grad_norm"] for s in other.steps] == pytest.approx([s["grad_norm"] for s in one.steps], rel=1e-5)
-    assert float(parts.weight) == pytest.approx(float(whole.weight), abs=1e-6)
+    assert parts.weight.item() == pytest.approx(whole.weight.item(), abs=1e-6)
 
 
 def test_towers_accumulate_too() -> None:
@@ -93,7 +93,7 @@ def test_after_step_does_nothing_unless_written() -> None:
 
     model = Plain()
     fit(model, {"train": make_rows()}, SETTINGS)
-    assert float(model.weight) > 0.3
+    assert model.weight.item() > 0.3
 
 
 def test_evaluate_asks_the_model_in_eval_mode() -> None:
@@ -144,7 +144,7 @@ def test_penalties_are_added() -> None:
 
     model = Line()
     fit(model, {"train": make_rows()}, SETTINGS.model_copy(update={"num_epochs": 10}), penalties=[penalty])
-    assert float(model.weight) < -0.5
+    assert model.weight.item() < -0.5
 
 
 def test_a_model_without_measure_can_not_be_made() -> None:

@@ -122,10 +122,13 @@ def _tokens(model: TwoTowers, pairs: Pairs) -> dict[str, torch.Tensor]:
     return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
 
-def test_modes_are_left_as_they_were() -> None:
+def test_towers_run_in_eval_mode_and_are_left_as_they_were() -> None:
     model = make_towers(dropout=0.5).lock(*BOTH)
+    rows = encode_pairs({"train": make_pairs(3)}, model)
+    expected = cache_towers(model, rows)["train"].features
     model.train()
-    cache_towers(model, encode_pairs({"train": make_pairs(3)}, model))
+    features = cache_towers(model, rows)["train"].features  # without dropout all the same
+    assert all(np.array_equal(features[tower], expected[tower]) for tower in BOTH)
     assert model.text.training and model.image.training
 
 
