@@ -210,6 +210,9 @@ WRONG = {
         "z = s.exp() * F.normalize(text, dim=0) @ F.normalize(image, dim=0).T\ni = torch.arange(len(z))\n"
         "return (F.cross_entropy(z, i) + F.cross_entropy(z.T, i)) / 2": "compare with the equation",
         "return F.cross_entropy(text @ image.T, torch.arange(len(text)), reduction='none')": "one number",
+        "z = s.exp() * F.normalize(text, dim=1) @ F.normalize(image, dim=1).T\n"
+        "return -(z.log_softmax(0) + z.log_softmax(1)).diagonal().sum() / 2": "not the sum",
+        "return F.cross_entropy(text @ image.T, torch.arange(len(text))).item()": "return a tensor",
         "pass": "return the loss",
     },
     ("06_clip_loss", "recall-at-k"): {
@@ -217,6 +220,7 @@ WRONG = {
         "own = similarities.diagonal()[:, None]\nreturn ((similarities.T > own).sum(1) < k).mean()": "turn it around",
         "own = similarities.diagonal()[:, None]\nreturn (1 + (similarities > own).sum(1) < k).mean()": "first place",
         "own = similarities.diagonal()[:, None]\nreturn ((similarities < own).sum(1) < k).mean()": "from high to low",
+        "own = similarities.diagonal()[:, None]\nreturn ((similarities > own).sum(1) <= k).mean()": "counted from 0",
         "return 0.5": "expected 0.25, 0.75",
         "pass": "return the share",
     },
