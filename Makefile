@@ -34,7 +34,7 @@ lab: $(STAMP)  ## JupyterLab in notebooks/
 	@$(BIN)/jupyter lab --notebook-dir notebooks
 
 bench: $(STAMP)  ## every benchmark, one after the other; leave the machine idle
-	@for script in benchmarks/{startup,fit_vs_trainer,frozen_prefix,prompt_scoring,continual,lab_bench,notebooks}.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/{startup,fit_vs_trainer,frozen_prefix,prompt_scoring,continual,clip,lab_bench,notebooks}.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 # torch brings the CUDA packages that fit it where pip finds its CUDA build: they are not ours to pin.
 lock:  ## resolve requirements.lock anew from pyproject.toml (needs uv)

@@ -38,7 +38,7 @@ def band(scores: list[float], trained: bool) -> tuple[float, float]:
 
 
 def measure(notebook: str, tier: str, entry: dict[str, Any], num_seeds: int) -> dict[str, dict[str, Any]]:
-    """The band of each method; the majority is no model, the tests work it out from the labels."""
+    """The band of each method; the majority and guessing are no models, and what is from the record was not run."""
     with tempfile.TemporaryDirectory() as folder:
         seeds = {"seed": 0, "num_seeds": num_seeds}
         run = run_notebook(notebook, entry["parameters"] | seeds, tier=tier, out=folder)
@@ -46,7 +46,7 @@ def measure(notebook: str, tier: str, entry: dict[str, Any], num_seeds: int) -> 
         raise SystemExit(f"{notebook} at the {tier} tier: {run.error}")
     bands = {}
     for name, method in run.metrics.items():
-        if name != "majority":
+        if name not in ("majority", "guessing") and not method.get("recorded"):
             by_seed = method["by_seed" if entry["score"] == "accuracy" else f"{entry['score']}_by_seed"]
             low, high = band(by_seed, trained=method["trainable_parameters"] > 0)
             bands[name] = {"low": low, "high": high, "by_seed": by_seed}

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ftkit.batching import IGNORED, make_batch
 from ftkit.callbacks import TrainingRun
+from ftkit.ownloss import OwnLoss
 
 
 class Penalty(Protocol):
@@ -44,14 +45,18 @@ def accumulate_gradients(
     mean_loss = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(batches):
         with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(wrapped):
-            outputs = wrapped(**{name: value for name, value in batch.items() if name != "labels"})
-            summed = F.cross_entropy(
-                outputs.logits.float(),
-                counted[i],
-                weight=class_weights,
-                label_smoothing=run.settings.label_smoothing,
-                reduction="sum",
-            )
+            if isinstance(run.model, OwnLoss):
+                outputs = wrapped(**batch)
+                summed = outputs.loss * len(counted[i])
+            else:
+                outputs = wrapped(**{name: value for name, value in batch.items() if name != "labels"})
+                summed = F.cross_entropy(
+                    outputs.logits.float(),
+                    counted[i],
+                    weight=class_weights,
+                    label_smoothing=run.settings.label_smoothing,
+                    reduction="sum",
+                )
             loss = summed / total_weight
             for penalty in penalties:
                 loss = loss + penalty(run.model, batch, outputs) * len(batch["labels"]) / total_rows

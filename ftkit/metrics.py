@@ -175,6 +175,11 @@ class Evaluation:
     def accuracy(self) -> float:
         return accuracy(self.labels, self.predictions)
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """What a study records of it, by name."""
+        return {"accuracy": self.accuracy, "macro_f1": self.macro_f1, "loss": self.loss}
+
     @cached_property
     def ci95(self) -> tuple[float, float]:
         """Bootstrap interval of the accuracy over another draw of rows."""

@@ -91,8 +91,7 @@ def load_classifier(
     names = [f"class {i}" for i in range(labels)] if isinstance(labels, int) else [str(label) for label in labels]
     if len(set(names)) < max(len(names), 2):
         raise ModelError(f"A classifier needs 2 or more different labels, not {names}: check the label column.")
-    if dropout is not None and not 0 <= dropout < 1:
-        raise ModelError(f"A dropout of {dropout} is no probability in [0, 1): try 0.1, or 0 for none.")
+    _check_dropout(dropout)
     source, options, advice = _locate(name_or_path)
     with _plain_errors(name_or_path, advice), _quiet(), seeded(seed):
         config = AutoConfig.from_pretrained(source, **options)
@@ -215,39 +214,51 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_classifier(folder, class_names(config))
 
 
-def _locate(name_or_path: str | Path) -> tuple[str, dict[str, bool], str]:
-    """Where from_pretrained finds a model, the options it needs, and what to do if it can't load what is there."""
+def _locate(
+    name_or_path: str | Path,
+    kinds: Sequence[str] = ("text-encoder", "language-model"),
+    what: str = "a text model",
+    example: str = "minilm",
+) -> tuple[str, dict[str, bool], str]:
+    """Where from_pretrained finds a model, the options it needs, and what to do if it can't load what is there.
+
+    An asset must be of one of these kinds, which together are called what; the advice names the example.
+    """
     # False, for with None transformers asks the reader, and a "y" runs code that came with the model
     local = {"local_files_only": True, "trust_remote_code": False}
     if str(name_or_path) in assets.names():
         asset = assets.get(str(name_or_path))
-        if asset.kind not in {"text-encoder", "language-model"}:
-            raise ModelError(f"The asset {asset.name!r} is of kind {asset.kind!r}, not a text model: use minilm.")
+        if asset.kind not in kinds:
+            raise ModelError(f"The asset {asset.name!r} is of kind {asset.kind!r}, not {what}: use {example}.")
         return (
             str(assets.fetch(asset.name)),
             local,
             f"set FTKIT_CACHE to a new folder and run `ftkit fetch {asset.name}`",
         )
     if Path(name_or_path).is_dir():
-        return str(name_or_path), local, "give a folder that save() wrote, or an asset like minilm"
+        return str(name_or_path), local, f"give a folder that save() wrote, or a model like {example}"
     if isinstance(name_or_path, Path) or str(name_or_path).count("/") != 1:
-        known = ", ".join(assets.names("text-encoder") + assets.names("language-model"))
-        raise ModelError(
-            f"There is no model {str(name_or_path)!r}: give an asset ({known}), a folder, or a hub id like owner/name."
-        )
+        known = ", ".join(name for kind in kinds for name in assets.names(kind))
+        asset = f"an asset ({known}), " if known else ""
+        raise ModelError(f"There is no model {str(name_or_path)!r}: give {asset}a folder, or a hub id like owner/name.")
     name = str(name_or_path)
     if assets.offline():
-        return name, local, "FTKIT_OFFLINE is set: unset it, or use an asset like minilm"
+        return name, local, f"FTKIT_OFFLINE is set: unset it, or use one like {example}"
     try:
         HfApi().model_info(name, timeout=10)  # asked once: from_pretrained retries for half a minute, on stderr
     except (RepositoryNotFoundError, HFValidationError):
         raise ModelError(
             f"The hub shows no model {name!r}: check the name, log in with `hf auth login` if it is not public, "
-            "or use an asset like minilm."
+            f"or use one like {example}."
         ) from None
     except (OSError, httpx2.HTTPError) as error:  # what was downloaded before still loads
-        return name, local, f"the hub did not answer ({error}): check the network, or use an asset like minilm"
-    return name, local | {"local_files_only": False}, "choose another one, or an asset like minilm"
+        return name, local, f"the hub did not answer ({error}): check the network, or use one like {example}"
+    return name, local | {"local_files_only": False}, f"choose another one, or one like {example}"
+
+
+def _check_dropout(dropout: float | None) -> None:
+    if dropout is not None and not 0 <= dropout < 1:
+        raise ModelError(f"A dropout of {dropout} is no probability in [0, 1): try 0.1, or 0 for none.")
 
 
 def _set_dropout(config: object, dropout: float) -> None:

@@ -103,12 +103,12 @@ class ChatBox:
 
     def _start(self) -> None:
         if not self.message.value.strip():
-            self.status.value = _said("Write something into the box first.")
+            self.status.value = said("Write something into the box first.")
             return
         self._stopped.clear()
         self.stop_button.disabled = False
         self.clear_button.disabled = True
-        self.thread = _in_thread(self.send_button, self.status, self.reply, self._ended)
+        self.thread = in_thread(self.send_button, self.status, self.reply, self._ended)
 
     def _ended(self) -> None:
         self.stop_button.disabled, self.clear_button.disabled = True, False
@@ -211,10 +211,10 @@ class Playground:
         )
 
     def _start(self) -> None:
-        self.thread = _in_thread(self.ask_button, self.status, self.ask, lambda: None)
+        self.thread = in_thread(self.ask_button, self.status, self.ask, lambda: None)
 
 
-def _in_thread(button: Button, status: HTML, work: Callable[[], None], after: Callable[[], None]) -> threading.Thread:
+def in_thread(button: Button, status: HTML, work: Callable[[], None], after: Callable[[], None]) -> threading.Thread:
     """Do some work in a thread, the button disabled meanwhile; what goes wrong is said in the status."""
 
     def run() -> None:
@@ -222,13 +222,13 @@ def _in_thread(button: Button, status: HTML, work: Callable[[], None], after: Ca
             work()
             status.value = ""
         except Exception as problem:
-            status.value = _said(in_one_line(problem))
+            status.value = said(in_one_line(problem))
         finally:
             button.disabled = False
             after()
 
     button.disabled = True
-    status.value = _said("at work …")
+    status.value = said("at work …")
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread
@@ -238,7 +238,7 @@ def _slider(kind: type, name: str, value: float, low: float, high: float, **opti
     return kind(value, min=low, max=high, description=name, layout=WIDE, **options)
 
 
-def _said(text: str) -> str:
+def said(text: str) -> str:
     return f'<span role="status">{html.escape(text)}</span>'
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 REFRESH_SECONDS = 0.2
+START_SECONDS = 2.0  # in a notebook, what takes less shows no bar: each leaves an empty line in the cell's outputs
 
 
 def in_notebook() -> bool:
@@ -36,12 +37,7 @@ class Bar:
         self._terminal: tqdm | None = None
         self._start = self._shown = time.monotonic()
         shown = threading.current_thread() is threading.main_thread()
-        if in_notebook() and shown:
-            from IPython.display import Pretty, display
-
-            self._as_text = Pretty
-            self._handle = display(Pretty(label), display_id=True)
-        else:
+        if not (in_notebook() and shown):
             self._terminal = tqdm(total=total, desc=label, leave=False, disable=not (shown and sys.stderr.isatty()))
 
     def update(self, done: int, text: str = "") -> None:
@@ -49,18 +45,25 @@ class Bar:
         if self._terminal is not None:
             self._terminal.set_postfix_str(text, refresh=False)
             self._terminal.update(done - self.done)
-        elif time.monotonic() - self._shown > REFRESH_SECONDS:
+        elif time.monotonic() - self._start > START_SECONDS and time.monotonic() - self._shown > REFRESH_SECONDS:
             self._shown = time.monotonic()
             filled = "█" * round(20 * done / self.total)
             left = (self._shown - self._start) * (self.total - done) / max(done, 1)
-            self._handle.update(
-                self._as_text(f"{self.label} |{filled:<20}| {done}/{self.total}, {left:.0f} s left  {text}")
-            )
+            self._show(f"{self.label} |{filled:<20}| {done}/{self.total}, {left:.0f} s left  {text}")
         self.done = done
 
     def close(self) -> None:
         """Take the bar away."""
         if self._terminal is not None:
             self._terminal.close()
+        elif self._handle is not None:
+            self._show("")
+
+    def _show(self, text: str) -> None:
+        """In the notebook, in the place of what was shown before."""
+        from IPython.display import Pretty, display
+
+        if self._handle is None:
+            self._handle = display(Pretty(text), display_id=True)
         else:
-            self._handle.update(self._as_text(""))
+            self._handle.update(Pretty(text))

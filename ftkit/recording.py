@@ -20,8 +20,6 @@ from ftkit.schema import in_words
 if TYPE_CHECKING:
     from filelock import FileLock
 
-SCORES = ("accuracy", "macro_f1", "loss")  # of each split
-
 
 def run_study(
     name: str, only: Mapping[str, Any] | None = None, progress: bool = True, *, folder: Path = FOLDER
@@ -125,9 +123,9 @@ def _record(row: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
     if outcome.seed != row["seed"]:
         raise StudyError(f"`train` was given the seed {row['seed']} and returned an outcome of {outcome.seed}")
     scores = {
-        f"{split}_{score}": float(getattr(evaluation, score))
+        f"{split}_{score}": float(value)
         for split, evaluation in outcome.evaluations.items()
-        for score in SCORES
+        for score, value in evaluation.scores.items()
     } | {name: float(figure) for name, figure in outcome.figures.items()}
     for name, value in scores.items():
         if not math.isfinite(value):

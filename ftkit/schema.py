@@ -106,6 +106,11 @@ class NotebookSettings(BaseModel):
 
     tier: Literal["smoke", "cpu", "gpu"] = setting("picks the value of whatever is None below", "cpu")
 
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds of the run, where the notebook has a first seed and a number of them."""
+        return list(range(self.seed, self.seed + self.num_seeds))
+
     @field_validator("*")
     @classmethod
     def _items_within_bounds(cls, value: Any, field: ValidationInfo) -> Any:
@@ -253,7 +258,19 @@ def _did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def _known_model(name: str) -> str:
-    known = assets.names("text-encoder") + assets.names("language-model")
+    return _named(name, assets.names("text-encoder") + assets.names("language-model"))
+
+
+def _known_image_model(name: str) -> str:
+    return _named(name, [*assets.names("image-encoder"), "small-vit"])
+
+
+def _known_images(name: str) -> str:
+    return _named(name, assets.names("images"))
+
+
+def _named(name: str, known: list[str]) -> str:
+    """One of the known names, a hub id or a folder that is there."""
     if name not in known and "/" not in name and not (name and Path(name).is_dir()):
         raise ValueError(f"{_did_you_mean(name, known)} Give {', '.join(known)}, a folder or a hub id (owner/name)")
     return name
@@ -282,3 +299,5 @@ Model = Annotated[str, AfterValidator(_known_model)]
 Dataset = Annotated[str, AfterValidator(_known_dataset)]
 OwnFile = Annotated[str, AfterValidator(_existing_file)]
 Source = Annotated[str, AfterValidator(_source)]  # a data set or a file of the reader's
+ImageModel = Annotated[str, AfterValidator(_known_image_model)]
+Images = Annotated[str, AfterValidator(_known_images)]  # pictures with captions

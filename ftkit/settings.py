@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from ftkit.schema import Dataset, Model, NotebookSettings, OwnFile, Source, setting
+from ftkit.schema import Dataset, ImageModel, Images, Model, NotebookSettings, OwnFile, Source, setting
 
 
 class TextSettings(NotebookSettings):
@@ -31,11 +31,6 @@ class TextSettings(NotebookSettings):
     def source(self) -> str:
         """Where the texts come from: the reader's own file, or the data set."""
         return self.data or self.dataset
-
-    @property
-    def seeds(self) -> list[int]:
-        """All seeds of the run."""
-        return list(range(self.seed, self.seed + self.num_seeds))
 
 
 class FullFineTuning(TextSettings):
@@ -207,7 +202,34 @@ class Continual(NotebookSettings):
     num_epochs: int = setting("passes over the rows of a task", 2, smoke=1, between=(1, 100), unit="epochs")
     batch_size: int = setting("rows a step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
 
-    @property
-    def seeds(self) -> list[int]:
-        """All seeds of the run."""
-        return list(range(self.seed, self.seed + self.num_seeds))
+
+class Contrastive(NotebookSettings):
+    """Notebook 06."""
+
+    NOTEBOOK: ClassVar = "06_clip_loss"
+    PANEL: ClassVar = (
+        "method", "loss", "head", "dim", "temperature", "learn_temperature", "augment", "lr", "batch_size",
+        "num_epochs", "seed", "num_seeds",
+    )  # fmt: skip
+
+    text_model: Model = setting("the text tower: an asset, a hub id or a folder", "minilm")
+    image_model: ImageModel = setting("the image tower: efficientnet-lite0, a hub id or a folder", "efficientnet-lite0")
+    images: Images = setting("emoji, a folder of pictures with a CSV of captions, or a hub id", "emoji")
+    rows: int | None = setting("training pairs; None for all there are", None, smoke=96, between=(8, 10_000_000))
+    test_rows: int = setting(
+        "pictures to search among, never seen in training", 300, smoke=64, gpu=1000, between=(8, 100_000),
+        unit="pictures",
+    )  # fmt: skip
+    size: int = setting("pixels of a picture's side", 128, smoke=64, gpu=224, between=(32, 1024), unit="pixels")
+    method: Literal["heads_only", "locked_image", "both", "from_scratch"] = setting("what is trained", "heads_only")
+    loss: Literal["clip", "siglip", "one_line"] = setting("of a batch of pairs", "clip")
+    head: Literal["linear", "mlp"] = setting("on each tower", "linear")
+    dim: int = setting("width of the common space", 128, between=(2, 4096), log=True)
+    temperature: float = setting("that training starts with", 0.07, between=(0.01, 1), log=True)
+    learn_temperature: bool = setting("or it stays as it is", True)
+    augment: bool = setting("turn, shift and scale the training pictures", False)
+    lr: float = setting("peak learning rate of the panel's runs", 1e-3, between=(1e-7, 1), log=True)
+    num_epochs: int = setting("passes over the training pairs", 15, smoke=6, between=(1, 1000), unit="epochs")
+    batch_size: int = setting("pairs a step, each other's negatives", 64, gpu=256, between=(2, 65536), log=True)
+    seed: int = setting("the first seed; the record has 0 to 2", 5, between=(0, 1_000_000))
+    num_seeds: int = setting("seeds; each draws its own weights and order", 1, gpu=3, between=(1, 100), unit="seeds")

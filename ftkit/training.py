@@ -31,6 +31,7 @@ from ftkit.meter import Meter
 from ftkit.metrics import Evaluation
 from ftkit.models import choose_device, count_parameters
 from ftkit.modes import eval_mode, train_mode
+from ftkit.ownloss import OwnLoss
 from ftkit.progress import Bar
 
 
@@ -72,8 +73,8 @@ def fit(
 
     Args:
         model: called as ``model(**batch)`` without the labels; gives an object with ``logits`` of shape (N, C): for N
-            rows, or for the N tokens that are labelled. What has ``requires_grad`` is trained; modules whose parameters
-            are all frozen run in eval mode.
+            rows, or for the N tokens that are labelled; an ``OwnLoss`` gives its loss instead. What has
+            ``requires_grad`` is trained; modules whose parameters are all frozen run in eval mode.
         data: rows by split, as ``encode`` makes them: "train" and, if there is one, "validation". A row is a dict of
             numbers and sequences; its ``labels`` are its class, or one a token, those of -100 left out.
         settings: see TrainSettings.
@@ -87,6 +88,8 @@ def fit(
         TrainingError: a loss that is not finite, memory that does not suffice, nothing to train, class weights where
             there are no classes.
     """
+    if isinstance(model, OwnLoss) and (settings.label_smoothing or settings.class_weights is not None):
+        raise TrainingError(f"{type(model).__name__} has a loss of its own: set label_smoothing 0, class_weights None.")
     accelerator = _accelerator(settings.precision)
     set_seed(settings.seed)
     wrapped = accelerator.prepare_model(model)
@@ -129,6 +132,8 @@ def fit(
                             _require_finite("gradient norm", grad_norm, run, group)
                         take_step()
                     optimizer.optimizer.zero_grad(set_to_none=True)
+                    if isinstance(model, OwnLoss):
+                        model.after_step()
                     run.step += 1
                     run.history.steps.append(
                         {"step": run.step, "loss": loss, "lr": settings.lr * rate, "grad_norm": grad_norm}
@@ -176,6 +181,9 @@ def evaluate(model: nn.Module, rows: Any, *, batch_size: int = 64) -> Evaluation
     """
     if has_token_labels(rows):
         raise ValueError("These rows have a label a token, and no class: measure them with token_loss.")
+    if isinstance(model, OwnLoss):
+        with eval_mode(model):
+            return model.measure(rows, batch_size)
     device = next(model.parameters()).device
     order, logits, labels = [], [], []
     with eval_mode(model):

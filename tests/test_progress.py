@@ -14,6 +14,7 @@ from ftkit import progress
 LOOP = """
 import time
 from ftkit import progress
+progress.START_SECONDS = 0.1
 bar = progress.Bar(4, "training")
 for step in range(1, 5):
     time.sleep(0.12)
@@ -72,6 +73,11 @@ def test_a_notebook_keeps_no_trace_of_a_closed_bar() -> None:
         if output.output_type == "display_data":
             assert output.data == {"text/plain": ""}
     assert "widgets" not in notebook.metadata
+
+
+def test_what_is_over_soon_shows_no_bar_in_a_notebook() -> None:
+    notebook = run_notebook(LOOP.replace("START_SECONDS = 0.1", "START_SECONDS = 60"))
+    assert [output.output_type for output in notebook.cells[0].outputs] == ["stream"]
 
 
 def test_another_thread_writes_into_no_cell() -> None:

@@ -10,7 +10,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from ftkit import TIERS, settings
 from ftkit.runs import default_parameters
 from ftkit.schema import NotebookSettings, SettingsError, settings_of
-from ftkit.settings import FullFineTuning
+from ftkit.settings import Contrastive, FullFineTuning
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -110,3 +110,12 @@ def test_every_parameter_says_what_it_is() -> None:
             assert parameter.help
             assert parameter.kind in {"float", "int", "bool", "str", "list"}
             assert set(parameter.defaults) == set(TIERS)
+
+
+def test_pictures_and_their_tower_are_known_names_folders_or_hub_ids(tmp_path: Path) -> None:
+    given = {"images": str(tmp_path), "image_model": "owner/vision"}
+    assert Contrastive.at("cpu", **given).changed(image_model="small-vit").images == str(tmp_path)
+    with pytest.raises(SettingsError, match=r"images='emojis' can't be: did you mean 'emoji'\? Give emoji, a folder"):
+        Contrastive.at("cpu", images="emojis")
+    with pytest.raises(SettingsError, match=r"image_model='minilm' can't be: .* Give efficientnet-lite0, small-vit"):
+        Contrastive.at("cpu", image_model="minilm")

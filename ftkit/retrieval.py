@@ -1,0 +1,172 @@
+"""What a common space of texts and pictures is good for, and how it lies: retrieval, zero-shot, probe, geometry."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from ftkit.metrics import Evaluation, bootstrap_interval
+
+if TYPE_CHECKING:
+    from ftkit.contrastive import TwoTowers
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Each of N texts ranks N pictures; in its place in a study or a panel, its accuracy is the recall at 1.
+
+    Attributes:
+        similarities: of texts (rows) and pictures (columns), shape (N, N); the pairs are on the diagonal.
+        labels: the group of each pair, shape (N,): any picture of a text's group is right.
+        loss: mean loss, in nats.
+    """
+
+    similarities: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    loss: float
+
+    @cached_property
+    def ranks(self) -> NDArray[np.int64]:
+        """The place, from 1, of the best right picture of each text, shape (N,); a wrong one as similar goes before."""
+        right = self.labels[:, None] == self.labels
+        best = np.where(right, self.similarities, -np.inf).max(axis=1, keepdims=True)
+        return 1 + (~(self.similarities < best) & ~right).sum(axis=1)  # a NaN goes before too
+
+    @cached_property
+    def turned(self) -> "Retrieval":
+        """The other way around: each picture ranks the texts."""
+        return Retrieval(self.similarities.T, self.labels, self.loss)
+
+    def found(self, k: int) -> NDArray[np.bool_]:
+        """Whether a right picture is among the first k, for each text, shape (N,)."""
+        return self.ranks <= k
+
+    def recall(self, k: int) -> float:
+        """Share of texts with a right picture among the first k."""
+        return float(self.found(k).mean())
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        return self.found(1)
+
+    @property
+    def accuracy(self) -> float:
+        return self.recall(1)
+
+    @cached_property
+    def ci95(self) -> tuple[float, float]:
+        """Bootstrap interval of the recall at 1 over another draw of texts."""
+        return bootstrap_interval(self.correct)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """What a study records of it, by name."""
+        recalls = {f"recall_at_{k}": self.recall(k) for k in (1, 5, 10)}
+        return {**recalls, "median_rank": float(np.median(self.ranks)), "loss": self.loss}
+
+    def __repr__(self) -> str:
+        def told(retrieval: "Retrieval") -> str:
+            scores = retrieval.scores
+            recalls = ", ".join(f"{scores[f'recall_at_{k}']:.3f}" for k in (1, 5, 10))
+            return f"recall at 1, 5, 10: {recalls}; median rank {scores['median_rank']:g}"
+
+        return f"text to picture, {told(self)}; picture to text, {told(self.turned)} (of {len(self.labels):,})"
+
+
+def class_embeddings(model: "TwoTowers", names: Sequence[str], templates: Sequence[str] = ("{}",)) -> Tensor:
+    """An embedding for each class, from its name alone (Radford et al., 2021).
+
+    Args:
+        model: both towers.
+        names: of the C classes.
+        templates: sentences with {} for the name; of several the mean is taken, normalised.
+
+    Returns:
+        Normalised embeddings, shape (C, D), on the CPU.
+
+    Raises:
+        ValueError: a template without {}.
+    """
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"The template {template!r} has no place for the name: put {{}} where it goes.")
+    means = [
+        F.normalize(model.encode_texts([template.format(name) for template in templates]), dim=-1).mean(0)
+        for name in names
+    ]
+    return F.normalize(torch.stack(means), dim=-1)
+
+
+def zero_shot(model: "TwoTowers", image: Tensor, labels: ArrayLike, classes: Tensor) -> Evaluation:
+    """Classify pictures by the nearest of the classes' embeddings; no picture of a class was needed.
+
+    Args:
+        model: whose temperature turns similarities into probabilities.
+        image: embeddings of N pictures, (N, D).
+        labels: the class of each, shape (N,).
+        classes: from ``class_embeddings``, (C, D).
+    """
+    logits = (F.normalize(image, dim=-1) @ classes.T / model.temperature).double()
+    targets = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+    return Evaluation(targets.numpy(), logits.softmax(-1).numpy(), float(F.cross_entropy(logits, targets)))
+
+
+def linear_probe(
+    train: ArrayLike, train_labels: ArrayLike, test: ArrayLike, test_labels: ArrayLike, num_classes: int
+) -> Evaluation:
+    """Classify by a logistic regression on features, each scaled to variance 1; what labels buy beside zero-shot.
+
+    Args:
+        train, test: features, (N, width) each.
+        train_labels, test_labels: integers in [0, num_classes), (N,).
+        num_classes: C.
+
+    Raises:
+        ValueError: a class has no training row.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    missing = sorted(set(range(num_classes)) - {int(label) for label in np.asarray(train_labels)})
+    if missing:
+        raise ValueError(f"The probe has no training row of the classes {missing}: give some, or leave them out.")
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    probe.fit(np.asarray(train), np.asarray(train_labels))
+    probabilities, labels = probe.predict_proba(np.asarray(test)), np.asarray(test_labels, dtype=np.int64)
+    loss = log_loss(labels, probabilities, labels=range(num_classes))
+    return Evaluation(labels, probabilities, float(loss))
+
+
+def modality_gap(text: Tensor, image: Tensor) -> float:
+    """Distance, in [0, 2], of the mean text from the mean picture on the sphere (Liang et al., 2022).
+
+    Args:
+        text, image: embeddings, (N, D) each; they are normalised here.
+    """
+    return float((F.normalize(text, dim=-1).mean(0) - F.normalize(image, dim=-1).mean(0)).norm())
+
+
+def alignment(text: Tensor, image: Tensor) -> float:
+    """Mean squared distance, in [0, 4], of the two sides of a pair on the sphere (Wang and Isola, 2020)."""
+    return float((F.normalize(text, dim=-1) - F.normalize(image, dim=-1)).square().sum(-1).mean())
+
+
+def uniformity(points: Tensor) -> float:
+    """Logarithm of the mean of exp(-2 d²) over all pairs of points on the sphere (Wang and Isola, 2020).
+
+    Args:
+        points: embeddings, (N, D), N at least 2.
+
+    Returns:
+        0 where all points are one, lower the more evenly they lie.
+    """
+    distances = torch.pdist(F.normalize(points.double(), dim=-1))
+    return float((-2 * distances.square()).exp().mean().log())

@@ -1,0 +1,166 @@
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from numpy.typing import NDArray
+from tiny_models import CONFIGS, make_word_tokenizer
+from transformers import BertModel, ViTModel
+
+from ftkit.contrastive import TwoTowers
+from ftkit.encoders import ImageEncoder, TextEncoder
+from ftkit.pairs import PairRows, Pairs, encode_pairs
+from ftkit.readers import DataError
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def make_towers(dropout: float = 0.0, **settings: object) -> TwoTowers:
+    """Two transformers of width 16 and 3 layers, and heads on them; also for the other tests of pairs."""
+    torch.manual_seed(0)
+    networks = []
+    for kind, family, options in ((BertModel, "bert", {}), (ViTModel, "vit", {"add_pooling_layer": False})):
+        config = copy.deepcopy(CONFIGS[family])
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+        networks.append(kind(config, **options))
+    text, image = TextEncoder(networks[0], make_word_tokenizer()), ImageEncoder(networks[1], size=8, mean=MEAN, std=STD)
+    return TwoTowers(text, image, **{"dim": 8, **settings})
+
+
+def make_pairs(number: int, seed: int = 0) -> Pairs:
+    """Pictures of one colour each, and captions of 2 to 4 words that name it; no two captions are the same."""
+    rng = np.random.default_rng(seed)
+    colours = rng.choice(512, size=number, replace=False)
+    levels = np.stack([colours // 64, colours // 8 % 8, colours % 8], axis=1)
+    pictures = np.broadcast_to((levels * 36)[:, None, None, :], (number, 8, 8, 3)).astype(np.uint8)
+    captions = [f"w{3 + r} w{13 + g} w{23 + b}" + " w50" * int(r % 3) for r, g, b in levels]
+    return Pairs(pictures, captions, pd.DataFrame({"colour": colours}))
+
+
+def brighten(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    return (picture // 2 + rng.integers(0, 100)).astype(np.uint8)
+
+
+# Pairs ------------------------------------------------------------------------------------------------------
+
+
+def test_take_chooses_by_numbers_and_by_mask() -> None:
+    pairs = make_pairs(5)
+    for chosen in ([3, 1], np.array([3, 1]), np.array([-2, 1])):
+        taken = pairs.take(chosen)
+        assert len(taken) == 2
+        assert taken.captions == [pairs.captions[3], pairs.captions[1]]
+        assert np.array_equal(taken.pictures, pairs.pictures[[3, 1]])
+        assert taken.facts["colour"].tolist() == pairs.facts["colour"].iloc[[3, 1]].tolist()
+        assert taken.facts.index.tolist() == [0, 1]
+    mask = np.array([False, True, False, False, True])
+    assert pairs.take(mask).captions == [pairs.captions[1], pairs.captions[4]]
+    assert len(pairs.take(np.zeros(5, dtype=bool))) == 0
+
+
+def test_groups_are_equal_where_captions_are() -> None:
+    pictures = np.zeros((4, 2, 2, 3), dtype=np.uint8)
+    pairs = Pairs(pictures, ["b", "a", "b", "c"], pd.DataFrame(index=range(4)))
+    assert pairs.groups.tolist() == [1, 0, 1, 2]
+    assert pairs.groups.dtype == np.int64
+    assert pairs.take([0, 2]).groups.tolist() == [0, 0]
+
+
+# PairRows ---------------------------------------------------------------------------------------------------
+
+
+def test_a_row_has_tokens_normalised_pixels_and_its_group() -> None:
+    pairs = make_pairs(6)
+    rows = encode_pairs({"test": pairs}, make_towers())["test"]
+    assert len(rows) == 6
+    assert rows.lengths.tolist() == [len(caption.split()) for caption in pairs.captions]
+    for index in (0, 5, -1):
+        row = rows[index]
+        assert row["input_ids"] == [int(word[1:]) for word in pairs.captions[index].split()]
+        assert row["attention_mask"] == [1] * len(row["input_ids"])
+        assert row["labels"] == pairs.groups[index]
+        expected = ((pairs.pictures[index] / 255 - np.array(MEAN)) / np.array(STD)).transpose(2, 0, 1)
+        assert row["pixel_values"].dtype == np.float32
+        np.testing.assert_allclose(row["pixel_values"], expected, atol=1e-6)
+    with pytest.raises(IndexError):
+        rows[6]
+
+
+def test_rows_taken_are_the_same_rows() -> None:
+    rows = encode_pairs({"train": make_pairs(6)}, make_towers(), augment=brighten)["train"]
+    for chosen in ([4, 2], np.isin(np.arange(6), [2, 4])):
+        taken = rows.take(chosen)
+        numbers = [4, 2] if isinstance(chosen, list) else [2, 4]
+        assert taken.lengths.tolist() == rows.lengths[numbers].tolist()
+        assert sorted(taken.groups) == [0, 1]
+        for i, number in enumerate(numbers):
+            torch.manual_seed(3)
+            one = taken[i]
+            torch.manual_seed(3)
+            other = rows[number]
+            assert one["input_ids"] == other["input_ids"]
+            assert np.array_equal(one["pixel_values"], other["pixel_values"])
+
+
+def test_only_training_pictures_are_augmented_and_the_seed_gives_how() -> None:
+    data = encode_pairs({"train": make_pairs(4), "test": make_pairs(4)}, make_towers(), augment=brighten)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    assert np.array_equal(data["test"][0]["pixel_values"], data["test"][0]["pixel_values"])
+    assert torch.equal(torch.get_rng_state(), state)  # nothing was drawn
+    first, second = (data["train"][0]["pixel_values"] for _ in range(2))
+    assert not np.array_equal(first, second)
+    torch.manual_seed(1)
+    assert np.array_equal(data["train"][0]["pixel_values"], first)
+    assert np.array_equal(data["train"][0]["pixel_values"], second)
+    assert data["test"].augment is None
+    plain = encode_pairs({"train": make_pairs(4)}, make_towers())["train"]
+    assert np.array_equal(plain[0]["pixel_values"], data["test"][0]["pixel_values"])
+
+
+def test_augmenting_leaves_the_pictures_as_they_were() -> None:
+    pairs = make_pairs(3)
+    before = pairs.pictures.copy()
+    rows = encode_pairs({"train": pairs}, make_towers(), augment=brighten)["train"]
+    _ = [rows[i] for i in range(3)]
+    assert np.array_equal(pairs.pictures, before)
+
+
+# encode_pairs -----------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_another_size_are_refused() -> None:
+    pairs = make_pairs(2)
+    larger = Pairs(np.zeros((2, 16, 16, 3), dtype=np.uint8), pairs.captions, pairs.facts)
+    with pytest.raises(DataError, match=r"'test' have 16 pixels a side, and the image tower reads 8.*size=8"):
+        encode_pairs({"train": pairs, "test": larger}, make_towers())
+    model = make_towers()
+    model.image.size = None
+    assert encode_pairs({"test": larger}, model)["test"][0]["pixel_values"].shape == (3, 16, 16)
+
+
+def test_more_tokens_than_the_model_reads_are_refused() -> None:
+    model = make_towers()
+    model.text.tokenizer.model_max_length = 16
+    with pytest.raises(DataError, match="max_length=17 is more than the 16 tokens"):
+        encode_pairs({"train": make_pairs(2)}, model, max_length=17)
+    encode_pairs({"train": make_pairs(2)}, model, max_length=16)
+
+
+def test_captions_cut_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    model, pairs = make_towers(), make_pairs(3)
+    captions = Pairs(pairs.pictures, ["w3 w4 w5", "w3 w4", "w3 w4 w5 w6"], pairs.facts)
+    rows = encode_pairs({"train": captions, "test": captions.take([1])}, model, max_length=2)
+    assert capsys.readouterr().out == "captions cut at 2 tokens: 2 of 3 train\n"
+    assert rows["train"].lengths.tolist() == [2, 2, 2]
+    encode_pairs({"train": captions, "test": captions}, model, max_length=3)
+    assert capsys.readouterr().out == "captions cut at 3 tokens: 1 of 3 train, 1 of 3 test\n"
+    encode_pairs({"train": captions}, model, max_length=4)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_split_without_pairs_gives_no_rows() -> None:
+    rows = encode_pairs({"test": make_pairs(2).take(np.zeros(2, dtype=bool))}, make_towers())["test"]
+    assert isinstance(rows, PairRows)
+    assert len(rows) == 0
