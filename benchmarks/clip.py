@@ -30,7 +30,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import psutil
 import torch
 from efficientnet_lite_pytorch import EfficientNet as LibraryNetwork
@@ -44,7 +43,7 @@ from ftkit.efficientnet import NAME
 from ftkit.encoders import load_image_encoder, load_text_encoder
 from ftkit.images import load_images
 from ftkit.meter import Meter
-from ftkit.pairs import PairRows, Pairs, encode_pairs
+from ftkit.pairs import PairRows, encode_pairs, join
 from ftkit.towercache import cache_towers
 from ftkit.training import TrainSettings, fit
 
@@ -62,8 +61,7 @@ def make_rows(model: TwoTowers, number: int) -> PairRows:
     pairs = load_images("emoji", size=SIZE, seed=SEED)["train"]
     if number > len(pairs):
         bold = load_images("emoji", size=SIZE, seed=SEED, weight=700)["train"].take(range(number - len(pairs)))
-        pictures = np.concatenate([pairs.pictures, bold.pictures])
-        pairs = Pairs(pictures, pairs.captions + bold.captions, pd.concat([pairs.facts, bold.facts]))
+        pairs = join([pairs, bold])
     return encode_pairs({"train": pairs.take(range(number))}, model)["train"]
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -111,11 +112,16 @@ class TwoTowers(OwnLoss):
         temperature: that is started with, 1 / scale; SigLIP starts at 0.1.
         learn_temperature: whether it is trained, within [0.01, 1].
         normalise: whether similarities are cosines; else they are dot products.
-        chunk_size: pairs that a tower which is trained holds in memory at once. The loss is still that of the whole
-            batch: chunks are encoded, forgotten, and encoded again for their gradient (gradient caching, Gao et al.,
-            2021). None encodes the batch in one piece.
+        chunk_size: pairs that a tower holds in memory at once. The loss is still that of the whole batch: chunks are
+            encoded, forgotten, and encoded again for their gradient (gradient caching, Gao et al., 2021). None encodes
+            the batch in one piece.
         seed: of the heads' weights.
+
+    Raises:
+        ValueError: no such loss or head, or a temperature outside of [0.01, 1].
     """
+
+    memory_advice = "give the model a chunk_size, or a smaller one, which trains the same"
 
     def __init__(
         self,
@@ -136,7 +142,7 @@ class TwoTowers(OwnLoss):
             raise ValueError(f"There is no loss {loss!r}: give clip, siglip, or a function.")
         if temperature is not None and not 0.01 <= temperature <= 1:
             raise ValueError(f"A temperature of {temperature} is outside 0.01 to 1: CLIP starts at 0.07.")
-        self.text, self.image, self.loss = text, image, loss
+        self.text, self.image, self.loss, self._dim = text, image, loss, dim
         self.normalise, self.chunk_size = normalise, chunk_size
         with seeded(seed):
             self.text_head, self.image_head = (_make_head(head, tower.width, dim) for tower in (text, image))
@@ -173,6 +179,8 @@ class TwoTowers(OwnLoss):
         """Freeze towers, but not their heads: both locked trains the heads only; the image tower is LiT (Zhai et al.,
         2022). Returns the model."""
         for tower in towers:
+            if tower not in FEATURES:
+                raise ValueError(f"There is no tower {tower!r}: give text, image, or both.")
             getattr(self, tower).requires_grad_(False)
         return self
 
@@ -201,19 +209,22 @@ class TwoTowers(OwnLoss):
         return self._embed(self.image, self.image_head, {"pixel_values": pixel_values}, image_features)
 
     def _embed(self, tower: nn.Module, head: nn.Module, inputs: dict[str, Tensor], features: Tensor | None) -> Tensor:
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
         if features is None:
-            features = self._encode_in_chunks(tower, inputs)
+            features = self._encode_in_chunks(tower, inputs, trains)
+        elif trains:
+            raise ValueError("These rows were cached with a tower locked that is to train now: cache them again.")
         embedded = head(features)
         return F.normalize(embedded, dim=-1) if self.normalise else embedded
 
-    def _encode_in_chunks(self, tower: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def _encode_in_chunks(self, tower: nn.Module, inputs: dict[str, Tensor], trains: bool) -> Tensor:
         size, number = self.chunk_size, len(next(iter(inputs.values())))
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
-        if size is None or number <= size or not trains:
+        if size is None or number <= size:
             return tower(**inputs)
         parts = [{name: column[i : i + size] for name, column in inputs.items()} for i in range(0, number, size)]
         # checkpoint draws the same dropout again, and needs no gradient of its inputs
-        return torch.cat([checkpoint(tower, use_reentrant=False, **part) for part in parts])
+        encode = partial(checkpoint, tower, use_reentrant=False) if trains else tower
+        return torch.cat([encode(**part) for part in parts])
 
     def after_step(self) -> None:
         """Keep the scale within [1, 100]."""
@@ -237,12 +248,11 @@ class TwoTowers(OwnLoss):
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
         """Embeddings of texts, in eval mode, on the CPU, (N, D)."""
-        tokenizer, embedded = self.text.tokenizer, []
-        most = min(tokenizer.model_max_length, 512)
+        most, embedded = min(self.text.tokenizer.model_max_length, 512), [torch.empty(0, self._dim)]
         with eval_mode(self):
             for start in range(0, len(texts), batch_size):
                 part = list(texts[start : start + batch_size])
-                batch = tokenizer(part, padding=True, truncation=True, max_length=most, return_tensors="pt")
+                batch = self.text.tokenize(part, most, padding=True, return_tensors="pt")
                 embedded.append(self.embed_text(**batch.to(self.device)).float().cpu())
         return torch.cat(embedded)
 
@@ -254,7 +264,7 @@ class TwoTowers(OwnLoss):
         pictures = np.asarray(pictures)
         pairs = Pairs(pictures, [""] * len(pictures), pd.DataFrame(index=range(len(pictures))))
         most = min(self.text.tokenizer.model_max_length, 32)
-        rows, embedded = encode_pairs({"": pairs}, self, max_length=most)[""], []
+        rows, embedded = encode_pairs({"": pairs}, self, max_length=most)[""], [torch.empty(0, self._dim)]
         with eval_mode(self):
             for start in range(0, len(rows), batch_size):
                 part = [rows[i]["pixel_values"] for i in range(len(rows))[start : start + batch_size]]
@@ -262,12 +272,14 @@ class TwoTowers(OwnLoss):
         return torch.cat(embedded)
 
     def measure(self, rows: Any, batch_size: int) -> Retrieval:
-        """Each text ranks all pictures of the rows; the loss is that of all rows as one batch, in nats."""
+        """Each caption ranks all pictures of the rows; the loss is that of all rows as one batch, in nats."""
         text, image = self.encode(rows, batch_size=batch_size)
         with torch.inference_mode():
             ours = [part.to(self.device) for part in (text, image, torch.from_numpy(rows.groups))]
             loss = float(self.pair_loss(*ours))
-        return Retrieval((text @ image.T).numpy(), rows.groups, loss)
+        asked, searched = rows.pairs.own_captions, rows.pairs.own_pictures
+        similarities = (text @ image.T).numpy()[np.ix_(asked, searched)]
+        return Retrieval(similarities, rows.groups[asked], loss, rows.groups[searched])
 
 
 def _make_head(kind: str, width: int, dim: int) -> nn.Module:

@@ -9,6 +9,7 @@ import ipywidgets
 from ftkit.schema import NotebookSettings, Parameter, in_words
 
 WIDEST_SLIDER = 100  # whole numbers on a slider; more of them are typed
+ROUND = (1, 1.5, 2, 3, 5, 7)  # of each power of ten on a logarithmic slider
 
 
 class Control:
@@ -33,17 +34,10 @@ class Control:
         """What is set; not yet checked where it is typed as text."""
         shown, parameter = self.widget.value, self.parameter
         if shown == self._untouched:
-            return self._start  # with all its digits
+            return self._start  # as it was, also where the text of it would say less
         if isinstance(self.widget, ipywidgets.Text):
             items = [item.strip() for item in shown.split(",") if item.strip()]
             return items if parameter.kind == "list" else shown.strip() or None
-        if parameter.kind == "float":
-            for bound in (parameter.low, parameter.high):
-                if math.isclose(shown, bound):
-                    return bound  # with all its digits
-            # a slider at 10**-3.5 means the 3.2e-4 beside it, not 0.00031622776601683794
-            tidy = float(f"{shown:.2g}") if parameter.log else round(shown, _decimals(parameter))
-            return min(max(tidy, parameter.low), parameter.high)
         return shown
 
     def reset(self) -> None:
@@ -69,12 +63,9 @@ class Control:
         if parameter.kind == "int":
             kind = ipywidgets.IntSlider if high - low <= WIDEST_SLIDER else ipywidgets.BoundedIntText
             return kind(value, min=low, max=high, **shared)
-        if parameter.log:
-            bounds = {"min": math.log10(low), "max": math.log10(high)}
-            return ipywidgets.FloatLogSlider(value, **bounds, step=0.1, readout_format=".1e", **shared)
-        decimals = _decimals(parameter)
-        readout = {"step": 10.0**-decimals, "readout_format": f".{decimals}f"}
-        return ipywidgets.FloatSlider(value, min=low, max=high, **readout, **shared)
+        # a slider of numbers moves to its nearest step as soon as a browser draws it: 0.07 would become 0.063
+        places = [(in_words(place), place) for place in _places(parameter, value)]
+        return ipywidgets.SelectionSlider(options=places, value=value, **shared)
 
 
 def make_controls(settings: NotebookSettings) -> dict[str, Control]:
@@ -114,6 +105,13 @@ class Picture:
         )
 
 
-def _decimals(parameter: Parameter) -> int:
-    """Decimals of a float on a slider that has at least 20 places."""
-    return max(0, -math.floor(math.log10((parameter.high - parameter.low) / 20)))
+def _places(parameter: Parameter, start: float) -> list[float]:
+    """What a slider can be set to: round values within the bounds, the bounds, and the start with all its digits."""
+    low, high = parameter.low, parameter.high
+    if parameter.log:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+        inner = [float(f"{digits}e{power}") for power in powers for digits in ROUND]
+    else:
+        decimals = max(0, -math.floor(math.log10((high - low) / 20)))  # at least 20 places
+        inner = [round(low + i / 10**decimals, decimals) for i in range(int((high - low) * 10**decimals) + 1)]
+    return sorted({low, high, start, *(place for place in inner if low < place < high)})

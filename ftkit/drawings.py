@@ -180,13 +180,16 @@ def draw(
         RGB pictures of shape (N, size, size, 3).
 
     Raises:
-        DataError: a size or weight out of range, or a character that the font lacks.
+        DataError: a size, weight or colour out of range, or a character that the font lacks or leaves blank.
         assets.AssetError: the font cannot be fetched.
     """
     if size < 8:
         raise DataError(f"size={size} pixels are too few to draw in: take 8 or more")
     if not 300 <= weight <= 700:
         raise DataError(f"weight={weight} is outside of what the font has: take one from 300 to 700")
+    for name, colour in (("ink", ink), ("paper", paper)):
+        if not (np.min(colour) >= 0 and np.max(colour) <= 255):
+            raise DataError(f"{name}={colour} is no colour: take (r, g, b) from 0 to 255")
     if lacking := [character for character in characters if len(character) != 1 or ord(character) not in _charmap()]:
         raise DataError(f"the font has no drawing of {lacking[0]!r}: take characters of emoji_names()")
     unique = tuple(dict.fromkeys(characters))  # one shape may be wanted in several inks
@@ -211,6 +214,8 @@ def _masks(characters: tuple[str, ...], size: int, weight: int, rotation: float)
     for mask, character in zip(masks, characters, strict=True):
         glyph = font.getmask(character, "L")
         shape = Image.frombytes("L", glyph.size, bytes(glyph))
+        if shape.getbbox() is None:
+            raise DataError(f"the font draws nothing for {character!r}: take characters of emoji_names()")
         shape = shape.crop(shape.getbbox())
         if rotation:
             shape = shape.rotate(rotation, resample=Image.Resampling.BICUBIC, expand=True)

@@ -9,6 +9,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
+    BatchEncoding,
     CLIPModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,7 +34,8 @@ from ftkit.models import (
 
 SMALL_VIT = "small-vit"
 PATCH = 16  # pixels, of the small ViT
-POOLED = {"clip_text_model", "siglip_text_model", "siglip2_text_model"}  # they were trained on one token's output
+SIGLIP = {"siglip_text_model", "siglip2_text_model"}
+POOLED = {"clip_text_model", *SIGLIP}  # they were trained on one token's output
 HALF = (0.5, 0.5, 0.5)  # as mean and deviation they map [0, 1] to [-1, 1]
 
 
@@ -45,8 +47,9 @@ class TextEncoder(nn.Module):
 
     Attributes:
         network: the transformer.
-        tokenizer: its tokenizer; SigLIP needs texts padded to the full window (``padding="max_length"``) and no mask.
+        tokenizer: its tokenizer; ``tokenize`` calls it as the network needs it.
         pooling: "mean" or "pooler".
+        window: tokens that every text is padded to, or None where a mask tells what is padding.
         width: of the vectors.
     """
 
@@ -55,8 +58,25 @@ class TextEncoder(nn.Module):
         self.network, self.tokenizer = network, tokenizer
         self.pooling = "pooler" if network.config.model_type in POOLED else "mean"
         self.width: int = network.config.hidden_size
+        # SigLIP was trained without a mask, on the output at the last token of the window
+        self.window: int | None = (
+            network.config.max_position_embeddings if network.config.model_type in SIGLIP else None
+        )
         if self.pooling == "mean" and getattr(network, "pooler", None) is not None:
             network.pooler = None  # its output would go unused, its weights get no gradient
+
+    def tokenize(self, texts: list[str], max_length: int, **options: Any) -> BatchEncoding:
+        """The columns that the network reads of texts.
+
+        Args:
+            texts: N of them.
+            max_length: tokens kept of a text, special tokens included; SigLIP keeps its window.
+            options: of the tokenizer, like ``padding`` and ``return_tensors``.
+        """
+        if self.window is not None:
+            max_length = self.window
+            options |= {"padding": "max_length", "return_attention_mask": False}
+        return self.tokenizer(texts, truncation=True, max_length=max_length, **options)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Tensor) -> Tensor:
         """Encode texts.
@@ -149,6 +169,7 @@ def load_text_encoder(
 
     Raises:
         ModelError: no such model, or none that reads text.
+        AssetError: the weights of an asset can't be had.
     """
     _check_dropout(dropout)
     source, options, advice = _locate(name, ("text-encoder",), "a text encoder")

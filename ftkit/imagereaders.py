@@ -40,8 +40,12 @@ def _decode(source: Path | io.BytesIO, size: int) -> tuple[Picture, str]:
         if opened.width * opened.height > MAX_PIXELS:  # the header tells; nothing is decoded yet
             raise _OversizedError
         picture = ImageOps.exif_transpose(opened)
-    if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    if picture.mode == "F":  # no scale says what is white
+        raise ValueError("floating-point pixels")
+    if picture.mode.startswith("I"):  # more than 8 bits of grey, which convert() would clip at 255
+        grey = np.asarray(picture).clip(0, 65535)
+        grey = grey if picture.mode == "I" and grey.max(initial=0) <= 255 else grey // 257
+        picture = Image.fromarray(grey.astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -112,6 +116,7 @@ def read_folder(
     table = _read_captions(_captions_file(folder, captions), image, caption)
     root = folder.resolve()
     problems: dict[str, list[str]] = defaultdict(list)
+    mentioned: set[Path] = set()
     decoded: dict[Path, Picture | None] = {}
     digests: set[str] = set()
     used: dict[tuple[str, str], Picture] = {}
@@ -121,6 +126,10 @@ def read_folder(
             problems["missing"].append(name or "(no name)")
             continue
         relative = path.relative_to(root).as_posix()
+        mentioned.add(path)
+        if not text:
+            problems["empty"].append(relative)
+            continue
         if path not in decoded:
             decoded[path], digest = _try_decode(path, size)
             if decoded[path] is None:
@@ -129,15 +138,15 @@ def read_folder(
                 problems["duplicate"].append(relative)
                 decoded[path] = None
             digests.add(digest)
-        if not text:
-            problems["empty"].append(relative)
-        elif (relative, text) in used:
+        if (relative, text) in used:
             problems["repeated"].append(relative)
         elif decoded[path] is not None:
             used[relative, text] = decoded[path]
     problems["missing"] = list(dict.fromkeys(problems["missing"]))
     pictures = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in PICTURE_TYPES)
-    problems["uncaptioned"] = [path.relative_to(root).as_posix() for path in pictures if path.resolve() not in decoded]
+    problems["uncaptioned"] = [
+        path.relative_to(root).as_posix() for path in pictures if path.resolve() not in mentioned
+    ]
     notes = _note({problem: problems[problem] for problem in _PROBLEMS if problems[problem]})
     if len(used) < 2:
         reasons = f" ({'; '.join(notes)})" if notes else ""
@@ -169,6 +178,8 @@ def _read_captions(path: Path, image: str | None, caption: str | None) -> pd.Dat
         first = file.readline()
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=first.count)
     columns = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+    if "\0" in first:
+        raise DataError(f"{path} is not a UTF-8 file: save it again as UTF-8")
     image = image or _usual(FILE_NAMES, columns)
     caption = caption or _usual(CAPTION_NAMES, [column for column in columns if column != image])
     if image is None or caption is None:
@@ -198,9 +209,8 @@ def read_hub_images(
     size: int = 128,
     image: str | None = None,
     caption: str | None = None,
-    limit: int | None = None,
 ) -> tuple[dict[str, Pairs], list[str]]:
-    """Read pictures with captions from the hub.
+    """Read pictures with captions from the hub; all of its pictures are decoded, and held in memory at that size.
 
     Args:
         source: "owner/name" or "owner/name:config".
@@ -208,7 +218,6 @@ def read_hub_images(
         image: name of the column of pictures; None for the first.
         caption: name of the column of captions, strings or lists of strings (the first one is taken); None to have it
             guessed.
-        limit: first rows to read of each split; None for all.
 
     Returns:
         The pairs of each split named "train", "validation" or "test", and notes on what was left out.
@@ -233,7 +242,6 @@ def read_hub_images(
     splits = {}
     for split in published:
         rows = loaded[split].select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
-        rows = rows.select(range(min(limit or len(rows), len(rows))))
         splits[split], dropped = _hub_pairs(rows, image, caption, size)
         notes += [f"{count:,} {what} rows of {split} left out" for what, count in dropped.items()]
         if not len(splits[split]):

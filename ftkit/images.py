@@ -1,8 +1,11 @@
 """Pictures with captions to train and test on: drawn emoji, a folder of one's own, or a data set of the hub."""
 
 import hashlib
+import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,9 +45,9 @@ def load_images(
     training emoji is drawn in all inks but one, and in that one in the split "new_pairs": emoji and ink were both
     seen, never together. An emoji of the test or validation is drawn in one ink, each taking its turn.
 
-    Of a folder, 70 % of the pictures are for training, 10 % for validation and 20 % for the test; so is what a hub
-    data set lacks of these splits cut from its training pictures, and training pictures that are also in one of its
-    other splits are left out. All captions of a picture are in one split.
+    Of a folder, at most 10 % of the pictures are for validation and 20 % for the test, the others for training; so is
+    what a hub data set lacks of these splits cut from its training pictures. No picture is in two splits: where a hub
+    data set has it twice, the test keeps it, then the validation. All captions of a picture are in one split.
 
     Args:
         source: "emoji", a folder with pictures and a .csv of captions, or a hub data set ("owner/name" or
@@ -62,6 +65,8 @@ def load_images(
         image, caption: columns of a folder's captions or of a hub data set; None to have them guessed.
         seed: decides which emoji or pictures go to which split, and their order.
 
+    An option that the source has no use for is refused.
+
     Returns:
         The splits "train", "validation" and "test", with several inks also "new_pairs". The facts of emoji are the
         columns emoji, name, ink and group (or None), those of a folder the column file.
@@ -76,9 +81,11 @@ def load_images(
     if size < 8:
         raise DataError(f"size={size} pixels are too few to see anything: take 8 or more")
     if source == "emoji":
+        _refuse(source, captions=captions, image=image, caption=caption)
         style = {"size": size, "weight": weight, "rotation": rotation}
         splits, notes = _load_emoji(rows, validation, test_rows, language, inks, paper, style, seed)
     else:
+        _refuse(source, language=language, inks=inks, weight=weight, rotation=rotation, paper=paper)
         if Path(source).is_dir():
             pairs, notes = read_folder(Path(source), captions, size=size, image=image, caption=caption)
             published = {"train": pairs}
@@ -163,31 +170,47 @@ def _cut(
         raise DataError(f"'{source}' has no split 'train', only {', '.join(published)}: take another data set")
     rng = np.random.default_rng(seed)
     keys = {split: _keys(pairs) for split, pairs in published.items()}
-    elsewhere = {key for split in published if split != "train" for key in keys[split]}
-    own = [key for key in dict.fromkeys(keys["train"]) if key not in elsewhere]
-    lost = sum(key in elsewhere for key in keys["train"])
-    notes = [f"{lost:,} training rows left out (their pictures are in another split)"] if lost else []
-    shuffled = rng.permutation(own).tolist()
+    own, taken, notes = {}, set(), []
+    for split in ("test", "validation", "train"):
+        own[split] = [key for key in dict.fromkeys(keys.get(split, ())) if key not in taken]
+        if lost := sum(key in taken for key in keys.get(split, ())):
+            notes.append(f"{lost:,} {split} rows left out (their pictures are in another split)")
+        taken.update(own[split])
+    shuffled = rng.permutation(own["train"]).tolist()
     if len(shuffled) < 3:
         raise DataError(f"{source} has {len(shuffled)} different training pictures: it needs 3, one for each split")
-    chosen = {}
+    chosen, spare = {}, []
     for split in ("test", "validation"):
         if split in published:
-            chosen[split] = rng.permutation(list(dict.fromkeys(keys[split]))).tolist()
+            chosen[split] = rng.permutation(own[split]).tolist()
+            if (more := len(chosen[split]) - limits[split]) > 0:
+                notes.append(f"{more:,} {split} pictures left out (beyond the {limits[split]:,} asked for)")
         else:
-            count = max(1, round(SHARES[split] * len(own)))
+            count = max(1, round(SHARES[split] * len(own["train"])))
             chosen[split], shuffled = shuffled[:count], shuffled[count:]
-    chosen["train"] = shuffled
-    if limits["train"] is not None and limits["train"] > len(shuffled):
-        raise DataError(f"{source} has {len(shuffled):,} training pictures: rows={limits['train']} asks for more")
+            spare += chosen[split][limits[split] :]
+    chosen["train"] = shuffled + spare
+    if limits["train"] is not None and limits["train"] > len(chosen["train"]):
+        raise DataError(
+            f"{source} has {len(chosen['train']):,} training pictures: rows={limits['train']} asks for more"
+        )
     splits = {}
     for split in ("train", "validation", "test"):
         origin = split if split in published else "train"
         place = {key: i for i, key in enumerate(chosen[split][: limits[split]])}
         rows = [i for i, key in enumerate(keys[origin]) if key in place]
         rows.sort(key=lambda i: place[keys[origin][i]])
-        splits[split] = published[origin].take(rows)
+        picture_ids = np.array([place[keys[origin][i]] for i in rows], dtype=np.int64)
+        splits[split] = replace(published[origin].take(rows), picture_ids=picture_ids)
     return splits, notes
+
+
+def _refuse(source: str | Path, **options: Any) -> None:
+    """Refuse options that this source has no use for, unless they are left at their default."""
+    defaults = inspect.signature(load_images).parameters
+    for name, value in options.items():
+        if value != defaults[name].default:
+            raise DataError(f"{name}={value!r} means nothing for the source '{source}': leave it out")
 
 
 def _keys(pairs: Pairs) -> list[str]:

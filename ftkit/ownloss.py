@@ -12,7 +12,12 @@ class OwnLoss(nn.Module, ABC):
     """What ``fit`` and ``evaluate`` ask of such a model, beside a forward pass that gives an object with ``loss``.
 
     ``loss`` is the mean over the rows of the batch, a scalar; the loop does not look at logits or labels then.
+
+    Attributes:
+        memory_advice: what to try where a batch does not fit into memory.
     """
+
+    memory_advice = "try a smaller batch_size"
 
     @abstractmethod
     def measure(self, rows: Any, batch_size: int) -> Evaluation:

@@ -54,12 +54,13 @@ class SearchBox:
     """
 
     def __init__(self, model: "TwoTowers", pairs: Pairs, opening: str, k: int) -> None:
-        self.model, self.pairs, self.k = model, pairs, k
+        self.model, self.k = model, k
         self.thread: threading.Thread | None = None
+        # of pairs with the same picture or caption, one stands for all: else a list would say one thing k times
+        self._captions = [pairs.captions[i] for i in pairs.own_captions]
+        self._own = pairs.captions_of_pictures
+        self.pairs = pairs = pairs.take(pairs.own_pictures)
         self._image = F.normalize(model.encode_pictures(pairs.pictures).float(), dim=-1)
-        # of pairs with the same caption, one stands for all: else a list would say one thing k times
-        first = np.sort(np.unique(pairs.captions, return_index=True)[1])
-        self._captions = [pairs.captions[i] for i in first]
         self._text = F.normalize(model.encode_texts(self._captions).float(), dim=-1)
         style, wide = {"description_width": f"{len('sentence')}ch"}, {"width": "min(36em, 100%)"}
         # not continuous: the value comes with Enter, or when the box is left
@@ -92,14 +93,14 @@ class SearchBox:
     def tell(self) -> None:
         """Show the picked picture, and the captions that are nearest to it, the nearest first."""
         i = self.picture.value
-        own = self.pairs.captions[i]
+        own = self._own[i]
         rows = "".join(
             f'<tr><td>{cosine:.3f}</td><td style="text-align: left">{_marked(self._captions[j], own)}</td></tr>'
             for j, cosine in self._nearest(self._text, self._image[i])
         )
         heads = '<th scope="col">cosine</th><th scope="col" style="text-align: left">caption (bold: its own)</th>'
         table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-        self.told.value = _row([_card(self.pairs.pictures[i], own), table])
+        self.told.value = _row([_card(self.pairs.pictures[i], self.pairs.captions[i]), table])
 
     def _nearest(self, embeddings: Tensor, query: Tensor) -> list[tuple[int, float]]:
         """Numbers and cosines of the k embeddings that are nearest to a query, all of length 1."""
@@ -136,5 +137,5 @@ def _card(picture: NDArray[np.uint8], caption: str, cosine: float | None = None)
     )
 
 
-def _marked(caption: str, own: str) -> str:
-    return f"<b>{html.escape(caption)}</b>" if caption == own else html.escape(caption)
+def _marked(caption: str, own: list[str]) -> str:
+    return f"<b>{html.escape(caption)}</b>" if caption in own else html.escape(caption)

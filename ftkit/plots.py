@@ -76,7 +76,7 @@ def scores(metrics: Mapping[str, Mapping[str, Any]], *, axis: str = "accuracy on
         ax.set_ylim(len(names) - 0.4, -0.7)
     told = ", ".join(f"{name} {value:.2f}" for name, value in zip(names, values, strict=True))
     table = pd.DataFrame({"accuracy": values, "low": low, "high": high}, index=names)
-    return Figure(drawn, f"Accuracy with 95 % interval: {told}.", table)
+    return Figure(drawn, f"{axis[:1].upper()}{axis[1:]}, with 95 % interval: {told}.", table)
 
 
 def learning_curves(runs: Mapping[str, Sequence[History]]) -> Figure:

@@ -19,29 +19,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Each of N texts ranks N pictures; in its place in a study or a panel, its accuracy is the recall at 1.
+    """Each of N texts ranks M pictures; in its place in a study or a panel, its accuracy is the recall at 1.
 
     Attributes:
-        similarities: of texts (rows) and pictures (columns), shape (N, N); the pairs are on the diagonal.
-        labels: the group of each pair, shape (N,): any picture of a text's group is right.
+        similarities: of texts (rows) and pictures (columns), shape (N, M).
+        labels: the group of each text, shape (N,): any picture of its group is right.
         loss: mean loss, in nats.
+        picture_labels: the group of each picture, shape (M,); None where they are those of the texts, pair by pair.
     """
 
     similarities: NDArray[np.float32]
     labels: NDArray[np.int64]
     loss: float
+    picture_labels: NDArray[np.int64] | None = None
 
     @cached_property
     def ranks(self) -> NDArray[np.int64]:
         """The place, from 1, of the best right picture of each text, shape (N,); a wrong one as similar goes before."""
-        right = self.labels[:, None] == self.labels
+        right = self.labels[:, None] == (self.labels if self.picture_labels is None else self.picture_labels)
         best = np.where(right, self.similarities, -np.inf).max(axis=1, keepdims=True)
         return 1 + (~(self.similarities < best) & ~right).sum(axis=1)  # a NaN goes before too
 
     @cached_property
     def turned(self) -> "Retrieval":
         """The other way around: each picture ranks the texts."""
-        return Retrieval(self.similarities.T, self.labels, self.loss)
+        pictures = self.labels if self.picture_labels is None else self.picture_labels
+        return Retrieval(self.similarities.T, pictures, self.loss, self.labels)
 
     def found(self, k: int) -> NDArray[np.bool_]:
         """Whether a right picture is among the first k, for each text, shape (N,)."""
@@ -76,7 +79,8 @@ class Retrieval:
             recalls = ", ".join(f"{scores[f'recall_at_{k}']:.3f}" for k in (1, 5, 10))
             return f"recall at 1, 5, 10: {recalls}; median rank {scores['median_rank']:g}"
 
-        return f"text to picture, {told(self)}; picture to text, {told(self.turned)} (of {len(self.labels):,})"
+        count = self.similarities.shape[1]
+        return f"text to picture, {told(self)}; picture to text, {told(self.turned)} (of {count:,})"
 
 
 def class_embeddings(model: "TwoTowers", names: Sequence[str], templates: Sequence[str] = ("{}",)) -> Tensor:

@@ -10,8 +10,9 @@ from torch import nn
 
 from ftkit.batching import evaluation_batches, make_batch
 from ftkit.contrastive import FEATURES, TwoTowers
+from ftkit.models import seeded
 from ftkit.modes import eval_mode
-from ftkit.pairs import PairRows
+from ftkit.pairs import PairRows, Pairs
 
 
 class CachedPairs(Sequence):
@@ -27,6 +28,11 @@ class CachedPairs(Sequence):
         self.rows, self.features = rows, dict(features)
         # batches by length are for texts that are read
         self.lengths = np.ones(len(rows), dtype=np.int64) if "text" in features else rows.lengths
+
+    @property
+    def pairs(self) -> Pairs:
+        """Of the rows."""
+        return self.rows.pairs
 
     @property
     def groups(self) -> NDArray[np.int64]:
@@ -55,7 +61,7 @@ class CachedPairs(Sequence):
 
 
 def cache_towers(
-    model: TwoTowers, data: Mapping[str, PairRows], *, views: int = 1, batch_size: int = 16
+    model: TwoTowers, data: Mapping[str, PairRows], *, views: int = 1, batch_size: int = 16, seed: int = 0
 ) -> dict[str, CachedPairs]:
     """Run each locked tower once over every pair, so that training repeats only what trains.
 
@@ -64,6 +70,7 @@ def cache_towers(
         data: rows by split, from ``encode_pairs``.
         views: versions of each picture that are kept where rows are augmented.
         batch_size: rows a forward pass.
+        seed: of how pictures are augmented.
 
     Returns:
         The rows of each split for the same model.
@@ -81,7 +88,8 @@ def cache_towers(
         features = {}
         for tower in locked:
             times = views if tower == "image" and rows.augment else 1
-            features[tower] = np.stack([_features(model, tower, rows, batch_size) for _ in range(times)])
+            with seeded(seed):
+                features[tower] = np.stack([_features(model, tower, rows, batch_size) for _ in range(times)])
         cached[split] = CachedPairs(rows, features)
     return cached
 
@@ -91,7 +99,7 @@ def _features(model: TwoTowers, tower: str, rows: PairRows, batch_size: int) -> 
     """What a tower gives for every row, (N, width); each caption is read once."""
     encoder: nn.Module = getattr(model, tower)
     if tower == "text":
-        _, first, place = np.unique(rows.groups, return_index=True, return_inverse=True)
+        _, first, place = np.unique(rows.pairs.captions, return_index=True, return_inverse=True)
         source: Sequence[Any] = [rows.tokens[i] for i in first]
         lengths = rows.lengths[first]
     else:

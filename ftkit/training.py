@@ -311,6 +311,8 @@ def _plain_errors(run: TrainingRun) -> Iterator[None]:
             raise
         size, batches = run.settings.batch_size, run.settings.accumulation
         advice = f"try batch_size={size // 2} with accumulation={batches * 2}, which trains the same"
-        if size == 1:
+        if isinstance(run.model, OwnLoss):  # its rows may be of one loss, like pairs that are each other's negatives
+            advice = run.model.memory_advice
+        elif size == 1:
             advice = "try shorter texts (max_length) or a smaller model"
         raise TrainingError(f"Out of memory at step {run.step + 1} with {size} rows a batch: {advice}.") from error

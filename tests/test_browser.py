@@ -36,7 +36,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     for name in assets_of(NOTEBOOK):
         assets.fetch(name, progress=False)
     folder = tmp_path_factory.mktemp("lab")
-    shutil.copy(NOTEBOOK, folder)
+    rate = '"lr: float | None = '
+    source = NOTEBOOK.read_text(encoding="utf-8")
+    assert source.count(f"{rate}None") == 1
+    (folder / NOTEBOOK.name).write_text(source.replace(f"{rate}None", f"{rate}1.2e-4"), encoding="utf-8")
     tracker = {"@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"}}  # all cells are on the page
     quiet = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
     settings = folder / ".settings"
@@ -99,10 +102,10 @@ def test_a_reader_turns_trains_and_stops(lab: tuple[str, Path]) -> None:
 
         rate = panel.get_by_role("slider").first
         shown = panel.locator(".widget-readout").first
-        before = shown.inner_text()
+        expect(shown).to_have_text("0.00012")  # not moved to the nearest step
         rate.focus()
         page.keyboard.press("ArrowRight")
-        expect(shown).not_to_have_text(before)
+        expect(shown).to_have_text("0.00015")
 
         panel.get_by_label("rows").fill("200")
         panel.get_by_label("rows").press("Enter")
@@ -130,6 +133,6 @@ def test_a_reader_turns_trains_and_stops(lab: tuple[str, Path]) -> None:
         panel.screenshot(path=build / "panel.png")
         browser.close()
     first, second = ledger.read(folder / "runs" / "ledger.jsonl")
-    assert first["parameters"]["lr"] > 1e-4
+    assert first["parameters"]["lr"] == 1.5e-4
     assert (first["settings"]["rows"], first["settings"]["num_epochs"]) == (200, 3)
     assert (first["error"], second["ended"]) == (None, "stopped")

@@ -143,7 +143,7 @@ def test_the_page_needs_no_network(folder: Path) -> None:
     figures = page.select("img")
     assert len(figures) == 2
     assert all(figure["src"].startswith("data:image/png;base64,") for figure in figures)
-    assert figures[0]["alt"] == "Accuracy with 95 % interval: lr=0.01, linear probe 0.62, lr=0.1, linear probe 0.70."
+    assert figures[0]["alt"] == "Accuracy, with 95 % interval: lr=0.01, linear probe 0.62, lr=0.1, linear probe 0.70."
     text = page.get_text(" ", strip=True)
     assert "0.1 linear probe 0.700 0.556 to 0.844 3 12,770 2.0 300" in text
     assert "a <b>" in text and "long" * 30 in text

@@ -17,9 +17,9 @@ from ftkit.batching import make_batch
 from ftkit.contrastive import TwoTowers, clip_loss, siglip_loss
 from ftkit.encoders import TextEncoder
 from ftkit.modes import train_mode
-from ftkit.pairs import PairRows, encode_pairs
+from ftkit.pairs import PairRows, Pairs, encode_pairs
 from ftkit.retrieval import Retrieval
-from ftkit.training import TrainSettings, evaluate, fit, make_optimizer
+from ftkit.training import TrainingError, TrainSettings, evaluate, fit, make_optimizer
 
 SCALE = torch.tensor(2.0)
 
@@ -188,7 +188,7 @@ def test_heads() -> None:
     features = torch.randn(3, 16)
     layers = mlp.text_head
     expected = layers[2](F.gelu(layers[0](features)))
-    torch.testing.assert_close(mlp.embed_text(text_features=features), F.normalize(expected))
+    torch.testing.assert_close(mlp.lock("text").embed_text(text_features=features), F.normalize(expected))
     assert not torch.equal(linear.text_head.weight, linear.image_head.weight)
 
 
@@ -266,6 +266,24 @@ def test_from_clip_gives_the_logits_of_transformers(tmp_path: Path) -> None:
 
 
 # Encoding ---------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_with_several_captions_is_searched_once_and_right_for_each() -> None:
+    """A perfect model finds all; ten pictures, of which each is there three times, must not crowd the others out."""
+    model, ten = make_towers(dim=10), make_pairs(10)
+    numbers = np.arange(30) % 10
+    captions = [f"{ten.captions[i]} {k // 10}" for k, i in enumerate(numbers)]
+    pairs = Pairs(ten.pictures[numbers], captions, ten.facts.iloc[numbers], picture_ids=numbers)
+    rows = encode_pairs({"test": pairs}, model)["test"]
+    perfect = torch.eye(10)[numbers]
+    model.encode = lambda rows, batch_size: (perfect, perfect)
+    found = evaluate(model, rows)
+    assert found.similarities.shape == (30, 10)
+    assert (found.accuracy, found.turned.accuracy) == (1, 1)
+    shifted = perfect.roll(1, dims=1) + 0.9 * perfect  # the right picture is the second
+    model.encode = lambda rows, batch_size: (shifted, perfect)
+    assert [evaluate(model, rows).recall(k) for k in (1, 2)] == [0, 1]
+    assert [evaluate(model, rows).turned.recall(k) for k in (3, 4)] == [0, 1]  # three captions of another one before
 
 
 def test_rows_come_in_the_order_given_whatever_the_batch() -> None:
@@ -376,10 +394,19 @@ def test_only_chunks_are_in_memory() -> None:
     sizes.clear()
     with torch.no_grad():
         model(**batch)
-    assert sizes == [10, 10]
+    assert sizes == [4, 4, 2] * 2
     sizes.clear()
     model.lock("image")(**batch).loss.backward()
-    assert sorted(sizes) == [2, 2, 4, 4, 4, 4, 10]
+    assert sorted(sizes) == [2] * 3 + [4] * 6  # the locked one forward only
+
+
+def test_out_of_memory_says_what_trains_the_same() -> None:
+    model = make_towers()
+    model.register_forward_pre_hook(lambda *_: torch.empty(2**60))  # the allocator's own refusal
+    rows = encode_pairs({"train": make_pairs(16)}, model)
+    with pytest.raises(TrainingError, match="with 8 rows a batch: give the model a chunk_size") as refused:
+        fit(model, rows, TrainSettings(num_epochs=1, batch_size=8))
+    assert "accumulation" not in str(refused.value)  # fewer negatives a step: that would be another loss
 
 
 # Training ---------------------------------------------------------------------------------------------------

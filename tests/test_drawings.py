@@ -150,6 +150,9 @@ def test_weight_and_rotation_change_the_shape():
         (["😺"], {"weight": 701}, "weight=701 is outside"),
         (["😺", "鿿"], {}, "no drawing of '鿿'"),
         (["👨‍👩‍👧"], {}, "no drawing of"),
+        ([" "], {}, "draws nothing for ' '"),
+        (["😺"], {"ink": (0, 0, 256)}, r"ink=\(0, 0, 256\) is no colour"),
+        (["😺"], {"paper": (-1, 0, 0)}, "is no colour: take"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(characters, options, message):

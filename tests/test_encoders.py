@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny_models import VOCABULARY, make_word_tokenizer
+from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -17,6 +20,8 @@ from transformers import (
     CLIPVisionConfig,
     ResNetConfig,
     ResNetModel,
+    SiglipConfig,
+    SiglipModel,
     T5Config,
     T5Model,
     ViTConfig,
@@ -25,8 +30,10 @@ from transformers import (
 )
 
 from ftkit.assets import fetch
+from ftkit.contrastive import TwoTowers
 from ftkit.encoders import load_clip, load_image_encoder, load_text_encoder
 from ftkit.models import ModelError
+from ftkit.pairs import Pairs, encode_pairs
 
 BODY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 BODY |= {"initializer_range": 0.3}  # wide enough for each weight to show
@@ -85,6 +92,28 @@ def test_padding_does_not_change_a_vector(tmp_path: Path) -> None:
         assert torch.allclose(encoder(**padded), vector, atol=1e-5)
         assert torch.allclose(encoder(alone["input_ids"]), vector, atol=1e-5)
         assert not torch.allclose(encoder(padded["input_ids"]), vector, atol=1e-2)
+
+
+def test_texts_of_siglip_fill_its_window_whatever_the_batch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = SiglipConfig(text_config={**TEXT, **TOKENS}, vision_config=PICTURE)
+    model = SiglipModel(config).eval()
+    model.save_pretrained(tmp_path)
+    make_word_tokenizer().save_pretrained(tmp_path)
+    towers = TwoTowers(load_text_encoder(tmp_path), load_image_encoder(tmp_path), dim=8)
+    assert (towers.text.pooling, towers.text.window) == ("pooler", 16)
+    padded = towers.text.tokenizer(TEXTS, padding="max_length", max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        expected = model.text_model(input_ids=padded["input_ids"]).pooler_output
+        ours = towers.text(**towers.text.tokenize(TEXTS, 12, return_tensors="pt"))
+        torch.testing.assert_close(ours, expected)
+        head = F.normalize(towers.text_head(expected), dim=-1)
+    assert (head[0] - head[1]).norm() > 0.01
+    pairs = Pairs(np.zeros((2, 16, 16, 3), dtype=np.uint8), TEXTS, pd.DataFrame(index=range(2)))
+    rows = encode_pairs({"test": pairs}, towers, max_length=12)["test"]
+    for size in (1, 2):
+        torch.testing.assert_close(towers.encode(rows, batch_size=size)[0], head)
+        torch.testing.assert_close(towers.encode_texts(TEXTS, batch_size=size), head)
 
 
 def test_every_weight_of_a_text_encoder_learns(tmp_path: Path) -> None:

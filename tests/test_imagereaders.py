@@ -160,6 +160,31 @@ def test_grey_becomes_rgb(folder):
     assert (read_one(folder, "deep.png") == 77).all()
 
 
+def test_grey_of_more_bits_is_neither_clipped_nor_black(folder):
+    Image.fromarray(np.full((8, 8), 0.6, dtype=np.float32)).save(folder / "a.tif")
+    Image.fromarray(np.full((8, 8), 200, dtype=np.int32)).save(folder / "dim.tif")
+    Image.fromarray(np.full((8, 8), 25700, dtype=np.int32)).save(folder / "wide.tif")
+    write(folder, "a.tif,floating", "dim.tif,eight bits", "wide.tif,sixteen bits")
+    pairs, notes = read_folder(folder)
+    assert "1 unreadable files left out: a.tif" in notes  # nothing says which of its numbers is white
+    assert pairs.captions == ["eight bits", "sixteen bits"]
+    assert (pairs.pictures[0] == 200).all() and (pairs.pictures[1] == 100).all()
+
+
+def test_a_picture_whose_first_row_is_empty_is_still_read(folder):
+    save(folder, "c.png", RED)
+    write(folder, "a.png,", "c.png,a red square", "b.png,a blue square", "b.png,")
+    pairs, notes = read_folder(folder)
+    assert pairs.captions == ["a red square", "a blue square"]
+    assert notes == ["2 rows without a caption left out: a.png, b.png"]
+
+
+def test_captions_in_another_encoding_are_named(folder):
+    (folder / "captions.csv").write_text("file,caption\na.png,red\n", encoding="utf-16")
+    with pytest.raises(DataError, match="is not a UTF-8 file: save it again as UTF-8"):
+        read_folder(folder)
+
+
 # The hub ----------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +230,6 @@ def test_hub_splits_become_pairs(hub):
         "2 unreadable rows of train left out",
         "1 captionless rows of train left out",
     ]
-    assert read_hub_images("owner/name", limit=1)[0]["train"].captions == ["red"]
 
 
 def test_hub_caption_may_be_a_list(hub):

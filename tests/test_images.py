@@ -149,6 +149,27 @@ def test_folder_gives_the_pictures_asked_for(folder):
         load_images(folder, size=16, rows=22)
 
 
+def test_folder_loses_no_picture_to_a_limit(folder):
+    splits = load_images(folder, size=16, validation=2, test_rows=4)
+    assert {split: len(pairs) for split, pairs in splits.items()} == {"train": 48, "validation": 4, "test": 8}
+    assert len({file for pairs in splits.values() for file in files(pairs)}) == 30
+
+
+def test_captions_of_one_picture_are_one_group(folder):
+    for pairs in load_images(folder, size=16).values():
+        assert len(pairs.own_captions) == len(pairs) == 2 * len(pairs.own_pictures)
+        by_file = pd.Series(pairs.groups).groupby(files(pairs)).nunique()
+        assert (by_file == 1).all() and len(set(pairs.groups)) == len(by_file)
+
+
+def test_options_that_mean_nothing_are_refused(folder):
+    for options in ({"inks": ("red",)}, {"weight": 500}, {"language": "zh"}, {"paper": "inverted"}):
+        with pytest.raises(DataError, match="means nothing for the source"):
+            load_images(folder, size=16, **options)
+    with pytest.raises(DataError, match=r"captions='a\.csv' means nothing for the source 'emoji'"):
+        load_images("emoji", captions="a.csv")
+
+
 def test_folder_of_two_pictures_is_too_small(folder):
     (folder / "captions.csv").write_text("file,caption\n1.png,one\n2.png,two\n")
     with pytest.raises(DataError, match="2 different training pictures: it needs 3"):
@@ -175,10 +196,17 @@ def test_hub_splits_are_kept_and_missing_ones_cut(monkeypatch, capsys):
     assert sorted(splits["test"].captions) == ["18", "19", "30", "31"]
     assert len(splits["validation"]) == 2 and len(splits["train"]) == 16
     assert {*splits["train"].captions, *splits["validation"].captions} == {str(i) for i in range(18)}
-    assert "a note; 2 training rows left out (their pictures are in another split); 16 train" in capsys.readouterr().out
+    assert "a note; 2 train rows left out (their pictures are in another split); 16 train" in capsys.readouterr().out
     published["validation"] = pairs_of([40, 41, 42])
     splits = load_images("owner/name", size=8, validation=2, test_rows=1)
     assert [len(splits[split]) for split in ("train", "validation", "test")] == [18, 2, 1]
+    assert "2 test rows left out" not in capsys.readouterr().out
+    published["validation"] = pairs_of([30, 30, 40, 41, 42])
+    splits = load_images("owner/name", size=8, validation=2, test_rows=4)
+    assert sorted(splits["test"].captions) == ["18", "19", "30", "31"] and "30" not in splits["validation"].captions
+    out = capsys.readouterr().out
+    assert "2 validation rows left out (their pictures are in another split)" in out
+    assert "1 validation pictures left out (beyond the 2 asked for)" in out
     del published["train"]
     with pytest.raises(DataError, match="no split 'train', only test, validation"):
         load_images("owner/name", size=8)

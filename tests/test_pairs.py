@@ -10,7 +10,7 @@ from transformers import BertModel, ViTModel
 
 from ftkit.contrastive import TwoTowers
 from ftkit.encoders import ImageEncoder, TextEncoder
-from ftkit.pairs import PairRows, Pairs, encode_pairs
+from ftkit.pairs import PairRows, Pairs, encode_pairs, join
 from ftkit.readers import DataError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -65,6 +65,24 @@ def test_groups_are_equal_where_captions_are() -> None:
     assert pairs.groups.tolist() == [1, 0, 1, 2]
     assert pairs.groups.dtype == np.int64
     assert pairs.take([0, 2]).groups.tolist() == [0, 0]
+
+
+def test_groups_join_what_shares_a_picture_or_a_caption() -> None:
+    pictures = np.zeros((6, 2, 2, 3), dtype=np.uint8)
+    facts = pd.DataFrame(index=range(6))
+    pairs = Pairs(pictures, ["a", "b", "c", "b", "d", "e"], facts, picture_ids=np.array([7, 7, 3, 4, 4, 9]))
+    first, second, third = pairs.groups[0], pairs.groups[2], pairs.groups[5]
+    assert pairs.groups.tolist() == [first, first, second, first, first, third]
+    assert len({first, second, third}) == 3
+    assert pairs.own_pictures.tolist() == [0, 2, 3, 5]
+    assert pairs.own_captions.tolist() == [0, 1, 2, 4, 5]
+    taken = pairs.take([4, 0, 2])  # the link between the first two is gone
+    assert taken.picture_ids.tolist() == [4, 7, 3]
+    assert len(set(taken.groups)) == 3
+    both = join([pairs, Pairs(pictures[:2], ["f", "g"], facts[:2]), pairs.take([4, 3])])
+    assert len(both) == 10
+    assert [len(np.unique(both.picture_ids[part])) for part in (slice(6), slice(6, 8), slice(8, 10))] == [4, 2, 1]
+    assert len(np.unique(both.picture_ids)) == 7
 
 
 # PairRows ---------------------------------------------------------------------------------------------------

@@ -64,6 +64,18 @@ def test_a_sentence_finds_the_nearest_pictures_in_order(box):
     assert box.status.value == "" and not box.search_button.disabled and not box.sentence.disabled
 
 
+def test_all_captions_of_a_picture_are_its_own(monkeypatch):
+    monkeypatch.setattr(picturesearch, "somebody_is_there", lambda: True)
+    chosen = [0, 1, 2, 1]
+    captions = ["red", "green", "blue", "green green"]
+    pairs = Pairs(PICTURES[chosen], captions, pd.DataFrame(index=range(4)), picture_ids=np.array(chosen))
+    box = search_box(Colours(), pairs, opening="green", k=4)
+    assert alts(box.found.value) == ["green", "red", "blue"]  # each picture once
+    assert box.picture.max == 2
+    box.picture.value = 1
+    assert re.findall("<b>(green[^<]*)</b>", box.told.value) == ["green", "green green"]
+
+
 def test_a_picture_finds_the_nearest_captions_each_once(box):
     assert alts(box.told.value) == ["red &lt;b&gt;"]
     box.picture.value = 4

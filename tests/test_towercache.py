@@ -14,12 +14,12 @@ BOTH = ("text", "image")
 
 
 def make_cached(
-    *locked: str, views: int = 1, number: int = 12, dropout: float = 0.0
+    *locked: str, views: int = 1, number: int = 12, dropout: float = 0.0, seed: int = 0
 ) -> tuple[TwoTowers, dict[str, CachedPairs]]:
     model = make_towers(dropout).lock(*locked)
     splits = {"train": make_pairs(number), "test": make_pairs(5, seed=1)}
     rows = encode_pairs(splits, model, augment=brighten if views > 1 else None)
-    return model, cache_towers(model, rows, views=views, batch_size=4)
+    return model, cache_towers(model, rows, views=views, batch_size=4, seed=seed)
 
 
 @pytest.mark.parametrize("locked", [("text",), ("image",), BOTH])
@@ -94,6 +94,24 @@ def test_one_of_several_views_is_drawn() -> None:
     state = torch.get_rng_state()
     _ = cached["test"][0]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_views_come_from_the_seed_and_leave_the_global_one() -> None:
+    first, again, other = (make_cached("image", views=2, seed=seed)[1]["train"].features["image"] for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+    model = make_towers().lock("image")
+    rows = encode_pairs({"train": make_pairs(3)}, model, augment=brighten)
+    state = torch.get_rng_state()
+    cache_towers(model, rows)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_rows_cached_are_not_for_a_tower_that_trains_again() -> None:
+    model, cached = make_cached("image")
+    model.image.requires_grad_(True)
+    with pytest.raises(ValueError, match="cached with a tower locked that is to train now: cache them again"):
+        fit(model, cached, TrainSettings(num_epochs=1, batch_size=4))
 
 
 def test_texts_have_one_view() -> None:

@@ -5,7 +5,6 @@ What a kernel shows is asked of real kernels.
 
 import json
 import logging
-import math
 import re
 import subprocess
 import sys
@@ -116,14 +115,12 @@ def ends_and_choices(parameter: Parameter, widget: ipywidgets.ValueWidget) -> li
         return [(choice, choice) for choice in parameter.choices]
     if isinstance(widget, ipywidgets.Checkbox):
         return [(True, True), (False, False)]
-    if isinstance(widget, ipywidgets.FloatLogSlider):
-        ten = 10.0 ** math.ceil(widget.min)  # a round value within the bounds
-        between = [(ten * 10**0.5, float(f"{3.2 * ten:.2g}")), (3 * ten, float(f"{3 * ten:.2g}"))]
-        if low <= 3e-4:  # a rate
-            between += [(10**-3.5, 3.2e-4), (3e-4, 3e-4)]
-        return [(10**widget.min, low), (10**widget.max, high), *between]
-    if isinstance(widget, ipywidgets.FloatSlider):
-        return [(widget.min, low), (widget.max, high), (widget.min + 3 * widget.step, round(low + 3 * widget.step, 9))]
+    if isinstance(widget, ipywidgets.SelectionSlider):
+        places = [place for _, place in widget.options]
+        assert places[0] == low < places[-1] == high
+        assert places == sorted(places)
+        assert len(places) >= 12
+        return [(place, place) for place in places[:: len(places) - 1] + places[3:12:4]]
     if isinstance(widget, ipywidgets.Text):
         return [(text, text.split(", ") if parameter.kind == "list" else text) for text in ("0.25, 4", "5", "five")]
     assert isinstance(widget, ipywidgets.IntSlider | ipywidgets.BoundedIntText)
@@ -173,10 +170,24 @@ def test_a_start_that_no_slider_can_show_is_kept_to_the_last_digit() -> None:
     panel = Panel(start, fake_train)
     train(panel)
     assert panel.runs[0].settings == start
-    panel.controls["lr"].widget.value = 0.1
+    for name in ("lr", "warmup"):
+        widget = panel.controls[name].widget
+        assert [value for _, value in widget.options].count(widget.value) == 1
+        widget.value = 0.1
     panel.reset_button.click()
     train(panel)
     assert panel.runs[1].settings == start
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.NOTEBOOK)
+def test_a_browser_leaves_the_start_of_every_slider_where_it_is(schema: type[NotebookSettings]) -> None:
+    """It sends a slider's nearest step back as soon as it has drawn it; an option's index is a step."""
+    for control in make_controls(schema.at("cpu")).values():
+        widget = control.widget
+        assert not isinstance(widget, ipywidgets.FloatSlider | ipywidgets.FloatLogSlider)
+        if isinstance(widget, ipywidgets.SelectionSlider):
+            widget.set_state({"index": widget.index})
+            assert control.value == getattr(schema.at("cpu"), control.parameter.name)
 
 
 def test_text_controls_take_lists_and_nothing() -> None:
