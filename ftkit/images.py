@@ -181,7 +181,7 @@ def _cut(
         raise DataError(f"{source} has {len(shuffled)} different training pictures: it needs 3, one for each split")
     chosen, spare = {}, []
     for split in ("test", "validation"):
-        if split in published:
+        if own[split]:
             chosen[split] = rng.permutation(own[split]).tolist()
             if (more := len(chosen[split]) - limits[split]) > 0:
                 notes.append(f"{more:,} {split} pictures left out (beyond the {limits[split]:,} asked for)")
@@ -196,7 +196,7 @@ def _cut(
         )
     splits = {}
     for split in ("train", "validation", "test"):
-        origin = split if split in published else "train"
+        origin = split if own[split] else "train"
         place = {key: i for i, key in enumerate(chosen[split][: limits[split]])}
         rows = [i for i, key in enumerate(keys[origin]) if key in place]
         rows.sort(key=lambda i: place[keys[origin][i]])

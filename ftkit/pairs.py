@@ -60,6 +60,11 @@ class Pairs:
             return np.arange(len(self))
         return np.sort(np.unique(self.picture_ids, return_index=True)[1])
 
+    @cached_property
+    def own_captions(self) -> NDArray[np.int64]:
+        """The first pair of each caption, in their order."""
+        return np.sort(np.unique(self.captions, return_index=True)[1])
+
     @property
     def captions_of_pictures(self) -> list[list[str]]:
         """All captions of each of ``own_pictures``."""
@@ -67,11 +72,6 @@ class Pairs:
             return [[caption] for caption in self.captions]
         captions = pd.Series(self.captions).groupby(self.picture_ids)
         return [list(captions.get_group(number)) for number in self.picture_ids[self.own_pictures]]
-
-    @cached_property
-    def own_captions(self) -> NDArray[np.int64]:
-        """The first pair of each caption, in their order."""
-        return np.sort(np.unique(self.captions, return_index=True)[1])
 
     def take(self, indices: ArrayLike) -> "Pairs":
         """The pairs of these numbers, or of a mask of N truth values."""

@@ -207,6 +207,9 @@ def test_hub_splits_are_kept_and_missing_ones_cut(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "2 validation rows left out (their pictures are in another split)" in out
     assert "1 validation pictures left out (beyond the 2 asked for)" in out
+    published["validation"] = pairs_of([30, 31])  # all of them in the test: cut from train instead
+    splits = load_images("owner/name", size=8)
+    assert [len(splits[split]) for split in ("train", "validation", "test")] == [16, 2, 4]
     del published["train"]
     with pytest.raises(DataError, match="no split 'train', only test, validation"):
         load_images("owner/name", size=8)
