@@ -1,4 +1,4 @@
-"""Bands of tests/bands.toml, measured anew: where the score of the seed 5 lies with 99 % probability.
+"""Bands of tests/notebooks/bands.toml, measured anew: where the score of the seed 5 lies with 99 % probability.
 
 Each notebook is run with the seeds 0 to 5, or more, at each tier of that file, with the parameters that stand there.
 The band of a method is the prediction interval of Student's t for one more run than those of the seeds other than 5,
@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ftkit.runs import run_notebook
+from ftkit.lab.runs.notebooks import run_notebook
 
-FILE = Path(__file__).parents[1] / "tests" / "bands.toml"
+FILE = Path(__file__).parents[1] / "tests" / "notebooks" / "bands.toml"
 FURTHER_SEED = 5
 LEVEL = 0.99
 ROUNDING = 0.01  # a machine that sums in another order classifies a few rows differently
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--notebook", help="all of them by default")
     least = FURTHER_SEED + 1
     parser.add_argument("--num-seeds", type=int, default=least, help=f"from 0 on, {least} or more")
-    parser.add_argument("--write", action="store_true", help="replace the bands in tests/bands.toml")
+    parser.add_argument("--write", action="store_true", help="replace the bands in tests/notebooks/bands.toml")
     arguments = parser.parse_args()
     if arguments.num_seeds < least:
         parser.error(f"--num-seeds {arguments.num_seeds} leaves out the seed {FURTHER_SEED}: give {least} or more")

@@ -36,16 +36,19 @@ from efficientnet_lite_pytorch import EfficientNet as LibraryNetwork
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ftkit import assets, drawings
-from ftkit.batching import make_batch
-from ftkit.contrastive import TwoTowers
-from ftkit.efficientnet import NAME
-from ftkit.encoders import load_image_encoder, load_text_encoder
-from ftkit.images import load_images
-from ftkit.meter import Meter
-from ftkit.pairs import PairRows, encode_pairs, join
-from ftkit.towercache import cache_towers
-from ftkit.training import TrainSettings, fit
+from ftkit.contrastive.feature_cache import cache_towers
+from ftkit.contrastive.rows import PairRows, encode_pairs
+from ftkit.contrastive.towers import TwoTowers
+from ftkit.data import emoji
+from ftkit.data.assets import registry
+from ftkit.data.images import load_images
+from ftkit.data.pairs import join
+from ftkit.models.efficientnet import NAME
+from ftkit.models.encoders import load_image_encoder, load_text_encoder
+from ftkit.training.batching import make_batch
+from ftkit.training.loop import fit
+from ftkit.training.monitor import Meter
+from ftkit.training.state import TrainSettings
 
 BATCH_SIZE, SIZE, SEED, LR = 64, 128, 0, 1e-4
 NUM_ENCODED, NUM_CHECKED, MOST_MIB = 512, 256, 20 * 1024
@@ -104,8 +107,8 @@ def compare_gradients(number: int) -> dict[str, float]:
 
 
 def draw() -> dict[str, float]:
-    characters = list(drawings.emoji_names())
-    return {"seconds": timed(lambda: drawings.draw(characters, size=SIZE))[0]}
+    characters = list(emoji.emoji_names())
+    return {"seconds": timed(lambda: emoji.draw(characters, size=SIZE))[0]}
 
 
 def in_a_process(task: str, **options: int | None) -> dict[str, float]:
@@ -183,7 +186,7 @@ def main() -> None:
         note("draw", in_a_process("draw"))
 
     model, library = make_model(), LibraryNetwork.from_name(NAME).eval()
-    library.load_state_dict(torch.load(next(assets.fetch(NAME).glob("*.pth")), weights_only=True))
+    library.load_state_dict(torch.load(next(registry.fetch(NAME).glob("*.pth")), weights_only=True))
     rows = make_rows(model, arguments.rows)
     few, some = (rows.take(range(min(number, len(rows)))) for number in (BATCH_SIZE, NUM_ENCODED))
     measure_locked(0, model, few), measure_encoding(0, model, few, library)  # all warm up

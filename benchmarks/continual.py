@@ -65,12 +65,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
 
-    from ftkit.data import encode, load_text
-    from ftkit.fisher import diagonal_fisher
-    from ftkit.models import load_classifier
-    from ftkit.penalties import EWC, L2SP, Distillation, add_old_logits
-    from ftkit.replay import Memory, mix
-    from ftkit.training import TrainSettings, fit
+    from ftkit.continual.fisher import diagonal_fisher
+    from ftkit.continual.penalties import EWC, L2SP, Distillation, add_old_logits
+    from ftkit.continual.replay import Memory, mix
+    from ftkit.data.text import encode, load_text
+    from ftkit.models.loading import load_classifier
+    from ftkit.training.loop import fit
+    from ftkit.training.state import TrainSettings
 
     num_rows = BATCH_SIZE * arguments.steps
     splits = load_text("movie-sentiment", train=max(arguments.rows, 2 * num_rows), validation=1, test=1)

@@ -19,10 +19,11 @@ BATCH_SIZE, LR, MAX_LENGTH, SEED = 16, 1e-4, 128, 0
 
 def train(arm: str, num_rows: int) -> dict[str, float]:
     """One epoch of one arm; the seconds and the peak memory are of training, loading excluded."""
-    from ftkit.data import encode, load_text
-    from ftkit.meter import Meter
-    from ftkit.models import load_classifier
-    from ftkit.training import TrainSettings, fit
+    from ftkit.data.text import encode, load_text
+    from ftkit.models.loading import load_classifier
+    from ftkit.training.loop import fit
+    from ftkit.training.monitor import Meter
+    from ftkit.training.state import TrainSettings
 
     splits = load_text("movie-sentiment", train=num_rows, validation=16, test=16)
     model, tokenizer = load_classifier("minilm", splits["train"].features["label"].names, seed=SEED)

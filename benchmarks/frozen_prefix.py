@@ -35,9 +35,9 @@ LOSS_TOLERANCE = 1e-4
 
 def prepare(train: int | str, num_rows: int, dropout: float | None = None) -> tuple[Any, Any, dict[str, Any]]:
     """The network with all frozen but ``train``, its tokenizer, and the rows by split."""
-    from ftkit.data import encode, load_text
-    from ftkit.freezing import freeze
-    from ftkit.models import load_classifier
+    from ftkit.data.text import encode, load_text
+    from ftkit.models.loading import load_classifier
+    from ftkit.training.freezing import freeze
 
     splits = load_text("movie-sentiment", train=num_rows, validation=VALIDATION_ROWS, test=1)
     names = splits["train"].features["label"].names
@@ -48,7 +48,7 @@ def prepare(train: int | str, num_rows: int, dropout: float | None = None) -> tu
 
 def make_settings(lr: float, num_epochs: int) -> Any:
     """As Trainer does by default: no warm-up, no weight decay; gradients are clipped at norm 1, the rate falls to 0."""
-    from ftkit.training import TrainSettings
+    from ftkit.training.state import TrainSettings
 
     return TrainSettings(lr=lr, num_epochs=num_epochs, batch_size=BATCH_SIZE, weight_decay=0, warmup=0, seed=SEED)
 
@@ -66,15 +66,15 @@ def make_arguments(folder: str, lr: float, num_epochs: int, **options: Any) -> A
 
 def run(arm: str, task: str, num_rows: int) -> dict[str, float]:
     """One task in one arm: seconds and peak memory of the whole, and the median seconds of an epoch after the first."""
-    from ftkit.meter import Meter
+    from ftkit.training.monitor import Meter
 
     train, lr, num_epochs = TASKS[task]
     model, tokenizer, rows = prepare(train, num_rows)
     ends: list[float] = []  # of the epochs, their evaluation included
     if arm == "ftkit":
-        from ftkit.callbacks import Callback
-        from ftkit.prefix import cache_prefix
-        from ftkit.training import fit
+        from ftkit.training.callbacks import Callback
+        from ftkit.training.feature_cache import cache_prefix
+        from ftkit.training.loop import fit
 
         class Clock(Callback):
             def on_epoch(self, run: Any) -> None:
@@ -122,9 +122,9 @@ def loss_difference(train: int | str, lr: float, num_rows: int, num_epochs: int 
     import torch
     from transformers import Trainer
 
-    from ftkit.batching import make_batch, row_lengths, training_batches
-    from ftkit.prefix import cache_prefix
-    from ftkit.training import fit
+    from ftkit.training.batching import make_batch, row_lengths, training_batches
+    from ftkit.training.feature_cache import cache_prefix
+    from ftkit.training.loop import fit
 
     model, _, rows = prepare(train, num_rows, dropout=0)
     history = fit(*cache_prefix(model, rows), make_settings(lr, num_epochs))

@@ -50,13 +50,14 @@ def panel_overhead() -> float:
     """
     from IPython.core.interactiveshell import InteractiveShell
 
-    from ftkit.callbacks import Callback
-    from ftkit.data import encode, load_text
-    from ftkit.models import load_classifier
-    from ftkit.results import Outcome
-    from ftkit.settings import FullFineTuning
-    from ftkit.training import TrainSettings, evaluate, fit
-    from ftkit.widgets import Panel
+    from ftkit.data.text import encode, load_text
+    from ftkit.lab.results import Outcome
+    from ftkit.lab.settings import FullFineTuning
+    from ftkit.lab.widgets.panel import Panel
+    from ftkit.models.loading import load_classifier
+    from ftkit.training.callbacks import Callback
+    from ftkit.training.loop import evaluate, fit
+    from ftkit.training.state import TrainSettings
 
     settings = FullFineTuning.at("cpu", rows=800, batch_size=16, num_epochs=2, num_seeds=1)
     splits = load_text(settings.dataset, train=settings.rows, validation=200, test=20)

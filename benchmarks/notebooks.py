@@ -17,8 +17,8 @@ from pathlib import Path
 
 import nbformat
 
-from ftkit.execution import execute
-from ftkit.results import results_table
+from ftkit.lab.results import results_table
+from ftkit.lab.runs.execution import execute
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 README = Path(__file__).parents[1] / "README.md"

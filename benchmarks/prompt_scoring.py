@@ -29,10 +29,10 @@ TOLERANCE = 1e-4
 
 def prepare(num_rows: int) -> tuple[Any, Any, Any, Any]:
     """Model, tokenizer, rows with their few-shot prompts, and the tokens of the label words."""
-    from ftkit.contexts import balanced_context
-    from ftkit.data import load_text
-    from ftkit.models import load_language_model
-    from ftkit.templates import Template, Verbalizer, encode_prompts
+    from ftkit.data.text import load_text
+    from ftkit.models.loading import load_language_model
+    from ftkit.prompting.few_shot import balanced_context
+    from ftkit.prompting.templates import Template, Verbalizer, encode_prompts
 
     splits = load_text("movie-sentiment", train=1000, validation=1, test=num_rows)
     model, tokenizer = load_language_model("smollm2")
@@ -63,8 +63,8 @@ def score_whole(model: Any, tokenizer: Any, rows: Any, words: Any) -> np.ndarray
 
 def run(arm: str, num_rows: int) -> dict[str, Any]:
     """One arm: seconds and peak memory of scoring all rows, and the scores."""
-    from ftkit.meter import Meter
-    from ftkit.prompting import score
+    from ftkit.prompting.scoring import score
+    from ftkit.training.monitor import Meter
 
     model, tokenizer, rows, words = prepare(num_rows)
     score(model, rows.select(range(2)), words)  # both arms find the weights in memory
@@ -83,8 +83,9 @@ def run_load() -> dict[str, float]:
     """Seconds to load smollm2, and by how many sizes of its weights the process has grown after one pass."""
     import torch
 
-    from ftkit.meter import Meter
-    from ftkit.models import count_parameters, load_language_model
+    from ftkit.models.loading import load_language_model
+    from ftkit.models.modules import count_parameters
+    from ftkit.training.monitor import Meter
 
     with Meter() as before:
         pass

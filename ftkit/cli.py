@@ -1,4 +1,4 @@
-"""The ``ftkit`` command; each sub-command imports what it needs only when it runs, so that help is instant."""
+"""The command ``ftkit``: run notebooks, grids and studies, compare runs, fetch assets."""
 
 import argparse
 import os
@@ -92,15 +92,15 @@ class _RunHelp(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> NoReturn:
         parser.print_help()
         if namespace.notebook:
-            from ftkit import runs
+            from ftkit.lab.runs import notebooks
 
-            print("\n" + runs.parameters_help(runs.find_notebook(namespace.notebook)))
+            print("\n" + notebooks.parameters_help(notebooks.find_notebook(namespace.notebook)))
         parser.exit()
 
 
 def _parameter(text: str) -> tuple[str, list[Any]]:
     """``name=value`` as the name and all values that it stands for."""
-    from ftkit import grid
+    from ftkit.lab.runs import grid
 
     name, equals, value = text.partition("=")
     if not equals:
@@ -118,13 +118,15 @@ def _count(text: str) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ftkit import assets, comparison, grid, results, runs
+    from ftkit.data.assets import registry
+    from ftkit.lab import results
+    from ftkit.lab.runs import comparison, grid, notebooks
 
-    notebook = runs.find_notebook(arguments.notebook)
+    notebook = notebooks.find_notebook(arguments.notebook)
     where = {"tier": arguments.tier, "out": arguments.out, "html": arguments.html}
     planned = grid.plan(notebook, grid.each_once(arguments.parameter), tier=arguments.tier)
     chosen = {value for job in planned for value in job.parameters.values() if isinstance(value, str)}
-    _fetch_assets([*runs.assets_of(notebook), *chosen.intersection(assets.names())])
+    _fetch_assets([*notebooks.assets_of(notebook), *chosen.intersection(registry.names())])
     if len(planned) > 1:
         failed = grid.run_grid(notebook, planned, jobs=arguments.jobs, **where)
         try:
@@ -135,7 +137,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if failed:
             print(f"ftkit: {failed} of {len(planned)} runs failed; the same command tries them again", file=sys.stderr)
         return 1 if failed else 0
-    run = runs.run_notebook(notebook, planned[0].parameters, **where)
+    run = notebooks.run_notebook(notebook, planned[0].parameters, **where)
     if run.metrics:
         print(results.format_table(run.metrics))
     print(run.report or run.executed)
@@ -145,7 +147,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from ftkit import comparison
+    from ftkit.lab.runs import comparison
 
     compared = comparison.compare_runs(arguments.folder)
     print(comparison.format_comparisons(compared))
@@ -157,7 +159,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _study(arguments: argparse.Namespace) -> int:
     import csv
 
-    from ftkit import grid, recording
+    from ftkit.lab.runs import grid
+    from ftkit.lab.studies import recording
 
     path = recording.run_study(arguments.name, grid.each_once(arguments.only))
     with path.open(encoding="utf-8", newline="") as file:
@@ -167,14 +170,15 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
-    from ftkit import assets, runs
+    from ftkit.data.assets import registry
+    from ftkit.lab.runs import notebooks
 
-    names = assets.names() if arguments.all else []
+    names = registry.names() if arguments.all else []
     for name in arguments.names:
         try:
-            names += runs.assets_of(runs.find_notebook(name))
+            names += notebooks.assets_of(notebooks.find_notebook(name))
         except FileNotFoundError:
-            names.append(assets.get(name).name)
+            names.append(registry.get(name).name)
     if not names:
         raise ValueError("Nothing to fetch: name an asset or a notebook, or say --all; `ftkit assets` lists them.")
     _fetch_assets(names)
@@ -182,17 +186,17 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 
 def _fetch_assets(names: Sequence[str]) -> None:
-    from ftkit import assets
+    from ftkit.data.assets import registry
 
     for name in names:
-        if not assets.is_cached(name):
-            assets.fetch(name)
+        if not registry.is_cached(name):
+            registry.fetch(name)
 
 
 def _assets(arguments: argparse.Namespace) -> int:
-    from ftkit import assets
+    from ftkit.data.assets import registry
 
-    print(assets.cards() if arguments.cards else assets.table(), end="" if arguments.cards else "\n")
+    print(registry.cards() if arguments.cards else registry.table(), end="" if arguments.cards else "\n")
     return 0
 
 

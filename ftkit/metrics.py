@@ -1,4 +1,4 @@
-"""Scores of a classifier, and what is needed to judge them: a baseline, an interval, a paired comparison."""
+"""Accuracy, F1, calibration, intervals, paired comparison."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Every figure of the kit: colours that the colour-blind tell apart, alt text, the plotted numbers one click away."""
+"""Figures with alt text and a table of their numbers."""
 
 import base64
 import html
@@ -13,10 +13,11 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.ticker import EngFormatter, LogLocator
 from numpy.typing import ArrayLike
 
-from ftkit.callbacks import History
+from ftkit.training.state import History
 
 # Okabe and Ito (2008): distinct to the common forms of colour blindness
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,

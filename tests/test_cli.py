@@ -4,7 +4,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ftkit import assets, cli, recording
+from ftkit import cli
+from ftkit.data.assets import registry
+from ftkit.lab.studies import recording
 
 
 @pytest.fixture
@@ -13,7 +15,7 @@ def notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     parameters = nbformat.v4.new_code_cell("tier: str = 'cpu'\nx: float = 1.0", metadata={"tags": ["parameters"]})
     result = nbformat.v4.new_code_cell(
-        "from ftkit.results import save_metrics\n"
+        "from ftkit.lab.results import save_metrics\n"
         "assert x > 0, 'x must be positive'\n"
         "path = save_metrics({'x': x, 'tier': tier}, {'double': {'accuracy': x * 2}})"
     )
@@ -114,6 +116,6 @@ def test_a_study_is_run_with_the_values_that_are_wanted(
 def test_assets_lists_all(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["assets"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in assets.names())
+    assert all(name in out for name in registry.names())
     assert cli.main(["assets", "--cards"]) == 0
     assert capsys.readouterr().out == (Path(__file__).parents[1] / "data" / "README.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from bs4 import BeautifulSoup
 from PIL import Image
 
 from ftkit import plots
-from ftkit.callbacks import History
+from ftkit.training.state import History
 
 METRICS = {
     "majority": {"accuracy": 0.5, "ci95": (0.4, 0.6)},

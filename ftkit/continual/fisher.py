@@ -1,0 +1,160 @@
+"""The diagonal Fisher information, row by row.
+
+It is the mean over rows of the squared gradient of log p(y|x) of each row by itself. To square the gradient of a whole
+batch is a common error: the rows' gradients cancel before they are squared, and what is left is many times too small.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from ftkit.models.modules import eval_mode
+from ftkit.training.batching import evaluation_batches, make_batch, row_lengths
+
+KINDS = ("exact", "sampled", "empirical")
+
+
+def diagonal_fisher(
+    model: nn.Module,
+    rows: Any,
+    kind: Literal["exact", "sampled", "empirical"] = "exact",
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Mean over rows of the squared gradient of log p(y|x), in eval mode.
+
+    Where all that trains is in linear layers, layer norms and embeddings that a pass uses once each, one backward pass
+    gives the gradients of all rows of a batch, layer by layer: for one row that of a linear layer is the sum over its
+    tokens of (gradient of the output) x (input). Other networks get a backward pass for each row.
+
+    Args:
+        model: as for ``fit``; it is left in the mode it was in, and its gradients are not touched.
+        rows: one split of what ``encode`` makes, N rows.
+        kind: where y comes from. "exact" is the true Fisher, the expectation over all classes by the model's own
+            probabilities, with a backward pass a class; "sampled" draws one y a row from them; "empirical" takes the
+            row's label (Kunstner et al., 2019, tell them apart).
+        batch_size: rows a pass; it changes memory and time, not the result.
+        seed: of the draws of "sampled".
+
+    Returns:
+        For each parameter that requires a gradient, by name, a tensor of its shape.
+
+    Raises:
+        ValueError: no such kind, no parameter that requires a gradient, no rows.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"There is no Fisher information of kind {kind!r}: choose from {', '.join(KINDS)}.")
+    totals = {p: torch.zeros_like(p) for p in model.parameters() if p.requires_grad}
+    if not totals:
+        raise ValueError("All parameters are frozen, and have no Fisher information: set requires_grad on some.")
+    device, chance, lengths = next(model.parameters()).device, torch.Generator().manual_seed(seed), row_lengths(rows)
+    with eval_mode(model), torch.enable_grad():
+        by_layer = _goes_by_layer(model, rows, lengths, totals)
+        for indices in evaluation_batches(lengths, batch_size if by_layer else 1):
+            batch = make_batch(model, rows, indices, device)
+            labels = batch.pop("labels")
+            with _Recorder(model, totals, len(indices)) as recorder:
+                log_p = model(**batch).logits.float().log_softmax(-1)
+            wanted = [output for _, _, output in recorder.calls] if by_layer else list(totals)
+            answers = _answers(log_p.detach().exp(), labels, kind, chance)
+            for left, (classes, weights) in zip(reversed(range(len(answers))), answers, strict=True):
+                scores = log_p.gather(1, classes[:, None]).squeeze(1)
+                # -inf is a class that a row is not scored among; the root, for the weight is squared with the gradient
+                objective = (weights.sqrt() * scores.where(weights > 0, 0.0)).sum()
+                grads = torch.autograd.grad(objective, wanted, retain_graph=left > 0, materialize_grads=True)
+                if by_layer:
+                    for (layer, inputs, _), grad in zip(recorder.calls, grads, strict=True):
+                        _add_squares[type(layer)](totals, layer, inputs, grad)
+                else:
+                    for total, grad in zip(totals.values(), grads, strict=True):
+                        total.addcmul_(grad, grad)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter]: total / len(lengths) for parameter, total in totals.items()}
+
+
+def _answers(p: Tensor, labels: Tensor, kind: str, chance: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """For each backward pass: a class for each row, shape (N,), and how much its squared gradient counts."""
+    if kind == "exact":
+        return [(torch.full_like(labels, c), p[:, c]) for c in range(p.shape[1]) if (p[:, c] > 0).any()]
+    if kind == "sampled":
+        labels = torch.multinomial(p.cpu(), 1, generator=chance).squeeze(1).to(p.device)
+    return [(labels, torch.ones_like(p[:, 0]))]
+
+
+class _Recorder:
+    """Notes, during one forward pass, the input and output of every layer that holds a parameter in question."""
+
+    def __init__(self, model: nn.Module, parameters: dict[nn.Parameter, Tensor], num_rows: int) -> None:
+        self.calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+        self._layers = [m for m in model.modules() if any(p in parameters for p in m.parameters(recurse=False))]
+        self._num_rows, self._hooks = num_rows, list[RemovableHandle]()
+
+    def __enter__(self) -> "_Recorder":
+        self._hooks = [layer.register_forward_hook(self._note) for layer in self._layers]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        if type(layer) not in _add_squares or not inputs:
+            return output
+        x = inputs[0].detach()
+        if isinstance(layer, nn.Embedding) and len(output) == 1 < self._num_rows:  # positions, once for all rows
+            x, output = (tensor.expand(self._num_rows, *tensor.shape[1:]) for tensor in (x, output))
+        self.calls.append((layer, x, output))
+        return output
+
+
+def _goes_by_layer(model: nn.Module, rows: Any, lengths: Any, parameters: dict[nn.Parameter, Tensor]) -> bool:
+    """Whether each parameter is used by one layer alone, of a kind that is known, once in a pass, row by row."""
+    indices = next(evaluation_batches(lengths, min(2, len(lengths))))
+    batch = make_batch(model, rows, indices, next(model.parameters()).device)
+    batch.pop("labels")
+    with torch.no_grad(), _Recorder(model, parameters, len(indices)) as recorder:
+        model(**batch)
+    layers = [layer for layer, _, output in recorder.calls if len(output) == len(indices)]
+    used = [id(p) for layer in layers for p in layer.parameters(recurse=False) if p in parameters]
+    return sorted(used) == sorted(map(id, parameters))
+
+
+def _by_row(tensor: Tensor) -> Tensor:
+    """As (N, T, H), T = 1 where a row has no tokens."""
+    return tensor.reshape(len(tensor), -1, tensor.shape[-1])
+
+
+def _add_linear(totals: dict[nn.Parameter, Tensor], layer: nn.Linear, x: Tensor, grad: Tensor) -> None:
+    x, grad = _by_row(x), _by_row(grad)
+    if layer.weight in totals:
+        for row_x, row_grad in zip(x, grad, strict=True):  # a row's gradient stays in the cache until it is squared
+            gradient = row_grad.T @ row_x
+            totals[layer.weight].addcmul_(gradient, gradient)
+    if layer.bias in totals:
+        totals[layer.bias] += grad.sum(1).square().sum(0)
+
+
+def _add_norm(totals: dict[nn.Parameter, Tensor], layer: nn.LayerNorm, x: Tensor, grad: Tensor) -> None:
+    x, grad = _by_row(F.layer_norm(x, layer.normalized_shape, eps=layer.eps)), _by_row(grad)
+    if layer.weight in totals:
+        totals[layer.weight] += (grad * x).sum(1).square().sum(0)
+    if layer.bias in totals:
+        totals[layer.bias] += grad.sum(1).square().sum(0)
+
+
+def _add_embedding(totals: dict[nn.Parameter, Tensor], layer: nn.Embedding, x: Tensor, grad: Tensor) -> None:
+    x, grad = x.reshape(len(x), -1), _by_row(grad)
+    of_row = x + layer.num_embeddings * torch.arange(len(x), device=x.device)[:, None]  # a number for token and row
+    tokens, place = of_row.unique(return_inverse=True)
+    gradient = grad.new_zeros(len(tokens), grad.shape[-1]).index_add_(0, place.flatten(), grad.flatten(0, 1))
+    tokens = tokens % layer.num_embeddings
+    if layer.padding_idx is not None:  # that of the padding does not train
+        gradient[tokens == layer.padding_idx] = 0
+    totals[layer.weight].index_add_(0, tokens, gradient.square())
+
+
+_add_squares = {nn.Linear: _add_linear, nn.LayerNorm: _add_norm, nn.Embedding: _add_embedding}

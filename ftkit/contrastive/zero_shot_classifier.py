@@ -1,0 +1,81 @@
+"""Classes recognised by their names; a linear probe beside it."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+from torch.nn import functional as F
+
+from ftkit.metrics import Evaluation
+
+if TYPE_CHECKING:
+    from ftkit.contrastive.towers import TwoTowers
+
+
+def class_embeddings(model: "TwoTowers", names: Sequence[str], templates: Sequence[str] = ("{}",)) -> Tensor:
+    """An embedding for each class, from its name alone (Radford et al., 2021).
+
+    Args:
+        model: both towers.
+        names: of the C classes.
+        templates: sentences with {} for the name; of several the mean is taken, normalised.
+
+    Returns:
+        Normalised embeddings, shape (C, D), on the CPU.
+
+    Raises:
+        ValueError: a template without {}.
+    """
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"The template {template!r} has no place for the name: put {{}} where it goes.")
+    means = [
+        F.normalize(model.encode_texts([template.format(name) for template in templates]), dim=-1).mean(0)
+        for name in names
+    ]
+    return F.normalize(torch.stack(means), dim=-1)
+
+
+def zero_shot(model: "TwoTowers", image: Tensor, labels: ArrayLike, classes: Tensor) -> Evaluation:
+    """Classify pictures by the nearest of the classes' embeddings; no picture of a class was needed.
+
+    Args:
+        model: whose temperature turns similarities into probabilities.
+        image: embeddings of N pictures, (N, D).
+        labels: the class of each, shape (N,).
+        classes: from ``class_embeddings``, (C, D).
+    """
+    logits = (F.normalize(image, dim=-1) @ classes.T / model.temperature).double()
+    targets = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+    return Evaluation(targets.numpy(), logits.softmax(-1).numpy(), float(F.cross_entropy(logits, targets)))
+
+
+def linear_probe(
+    train: ArrayLike, train_labels: ArrayLike, test: ArrayLike, test_labels: ArrayLike, num_classes: int
+) -> Evaluation:
+    """Classify by a logistic regression on features, each scaled to variance 1; what labels buy beside zero-shot.
+
+    Args:
+        train, test: features, (N, width) each.
+        train_labels, test_labels: integers in [0, num_classes), (N,).
+        num_classes: C.
+
+    Raises:
+        ValueError: a class has no training row.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    missing = sorted(set(range(num_classes)) - {int(label) for label in np.asarray(train_labels)})
+    if missing:
+        raise ValueError(f"The probe has no training row of the classes {missing}: give some, or leave them out.")
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    probe.fit(np.asarray(train), np.asarray(train_labels))
+    probabilities, labels = probe.predict_proba(np.asarray(test)), np.asarray(test_labels, dtype=np.int64)
+    loss = log_loss(labels, probabilities, labels=range(num_classes))
+    return Evaluation(labels, probabilities, float(loss))

@@ -1,0 +1,295 @@
+"""Captioned images from a folder or from an image-caption set of the hub."""
+
+import csv
+import hashlib
+import io
+import warnings
+from collections import defaultdict
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from ftkit.data import text_readers
+from ftkit.data.assets import registry
+from ftkit.data.pairs import Pairs
+from ftkit.data.text_readers import SPLITS
+from ftkit.errors import DataError
+
+FILE_NAMES = ("file", "filename", "file_name", "image", "picture", "path")
+
+CAPTION_NAMES = ("caption", "captions", "text", "title", "description", "name")
+
+PICTURE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+MAX_PIXELS = 50_000_000
+
+Picture = NDArray[np.uint8]  # shape (S, S, 3)
+
+
+class _OversizedError(ValueError):
+    """A picture of more than MAX_PIXELS."""
+
+
+def _decode(source: Path | io.BytesIO, size: int) -> tuple[Picture, str]:
+    """The picture within a white square, and a digest of all its pixels before it was resized."""
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+        try:
+            opened = Image.open(source)
+        except Image.DecompressionBombError:
+            raise _OversizedError from None
+    with opened:
+        if opened.width * opened.height > MAX_PIXELS:  # the header tells; nothing is decoded yet
+            raise _OversizedError
+        picture = ImageOps.exif_transpose(opened)
+    if picture.mode == "F":  # no scale says what is white
+        raise ValueError("floating-point pixels")
+    if picture.mode.startswith("I"):  # more than 8 bits of grey, which convert() would clip at 255
+        grey = np.asarray(picture).clip(0, 65535)
+        grey = grey if picture.mode == "I" and grey.max(initial=0) <= 255 else grey // 257
+        picture = Image.fromarray(grey.astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("RGB")
+    digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    square = ImageOps.pad(picture, (size, size), method=Image.Resampling.LANCZOS, color="white")
+    return np.asarray(square), digest
+
+
+def _try_decode(source: Path | io.BytesIO, size: int) -> tuple[Picture | None, str]:
+    """The picture and its digest, or None and what is wrong with it."""
+    try:
+        return _decode(source, size)
+    except _OversizedError:
+        return None, "oversized"
+    except Exception:  # Pillow's decoders fail in many ways: OSError, SyntaxError, struct.error, ...
+        return None, "unreadable"
+
+
+_PROBLEMS = {
+    "missing": "files missing",
+    "unreadable": "unreadable files",
+    "oversized": f"files of more than {MAX_PIXELS // 1_000_000} megapixels",
+    "duplicate": "duplicate pictures (same pixels as an earlier file)",
+    "uncaptioned": "pictures of the folder without a caption",
+    "empty": "rows without a caption",
+    "repeated": "repeated rows",
+}
+
+
+def _note(problems: dict[str, list[str]]) -> list[str]:
+    """Each problem with its count and up to three names."""
+    notes = []
+    for problem, names in problems.items():
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        notes.append(f"{len(names):,} {_PROBLEMS[problem]} left out: {shown}")
+    return notes
+
+
+def read_folder(
+    folder: Path,
+    captions: str | Path | None = None,
+    *,
+    size: int = 128,
+    image: str | None = None,
+    caption: str | None = None,
+) -> tuple[Pairs, list[str]]:
+    """Read the pictures of a folder that a CSV or TSV file gives captions of, one row for each caption.
+
+    EXIF orientation is applied, transparency laid onto white, and each picture fitted into a white square without
+    distortion. What cannot be used is left out and reported.
+
+    Args:
+        folder: with the pictures, also in folders of it.
+        captions: the file, in the folder or anywhere; None for the one .csv file of the folder.
+        size: pixels along a side.
+        image, caption: names of the columns with file names (relative to the folder) and captions; None to have
+            them guessed.
+
+    Returns:
+        The pairs, in the order of the rows, with the column `file` in their facts; and notes on what was left out.
+
+    Raises:
+        DataError: no such folder, no file of captions or several, a malformed one, or fewer than 2 usable pairs.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder} in {Path.cwd()}: check the path")
+    table = _read_captions(_captions_file(folder, captions), image, caption)
+    root = folder.resolve()
+    problems: dict[str, list[str]] = defaultdict(list)
+    mentioned: set[Path] = set()
+    decoded: dict[Path, Picture | None] = {}
+    digests: set[str] = set()
+    used: dict[tuple[str, str], Picture] = {}
+    for name, text in zip(table["label"], table["text"], strict=True):
+        path = _inside(root, name)
+        if path is None:
+            problems["missing"].append(name or "(no name)")
+            continue
+        relative = path.relative_to(root).as_posix()
+        mentioned.add(path)
+        if not text:
+            problems["empty"].append(relative)
+            continue
+        if path not in decoded:
+            decoded[path], digest = _try_decode(path, size)
+            if decoded[path] is None:
+                problems[digest].append(relative)
+            elif digest in digests:
+                problems["duplicate"].append(relative)
+                decoded[path] = None
+            digests.add(digest)
+        if (relative, text) in used:
+            problems["repeated"].append(relative)
+        elif decoded[path] is not None:
+            used[relative, text] = decoded[path]
+    problems["missing"] = list(dict.fromkeys(problems["missing"]))
+    pictures = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in PICTURE_TYPES)
+    problems["uncaptioned"] = [
+        path.relative_to(root).as_posix() for path in pictures if path.resolve() not in mentioned
+    ]
+    notes = _note({problem: problems[problem] for problem in _PROBLEMS if problems[problem]})
+    if len(used) < 2:
+        reasons = f" ({'; '.join(notes)})" if notes else ""
+        raise DataError(f"{folder} has {len(used)} usable pairs of picture and caption{reasons}: it needs 2 or more")
+    facts = pd.DataFrame({"file": [file for file, _ in used]})
+    return Pairs(np.stack(list(used.values())), [text for _, text in used], facts), notes
+
+
+def _captions_file(folder: Path, captions: str | Path | None) -> Path:
+    if captions is not None:
+        path = folder / captions if (folder / captions).is_file() else Path(captions)
+        if not path.is_file():
+            raise DataError(f"there is no file {captions} in {folder} or {Path.cwd()}: check captions=")
+        return path
+    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".csv")
+    if len(tables) == 1:
+        return tables[0]
+    if not tables:
+        raise DataError(f"{folder} has no .csv file: add one with the columns file and caption, a row for each caption")
+    names = ", ".join(path.name for path in tables)
+    raise DataError(f"{folder} has {len(tables)} .csv files ({names}): name the one with captions=")
+
+
+def _read_captions(path: Path, image: str | None, caption: str | None) -> pd.DataFrame:
+    """The file names as `label`, the captions as `text`; "" where missing."""
+    if path.suffix.lower() not in (".csv", ".tsv"):
+        raise DataError(f"{path} is of a type that is not read: save the captions as .csv or .tsv")
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        first = file.readline()
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=first.count)
+    columns = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+    if "\0" in first:
+        raise DataError(f"{path} is not a UTF-8 file: save it again as UTF-8")
+    image = image or _usual(FILE_NAMES, columns)
+    caption = caption or _usual(CAPTION_NAMES, [column for column in columns if column != image])
+    if image is None or caption is None:
+        lacking = "file" if image is None else "caption"
+        have = ", ".join(f"'{column}'" for column in columns)
+        raise DataError(f"{path} has no column '{lacking}', only {have}: rename one, or name it with image=, caption=")
+    table, *_ = text_readers.read_file(path, text=caption, label=image)
+    return table[["text", "label"]].fillna("").map(lambda value: str(value).strip())
+
+
+def _usual(names: tuple[str, ...], columns: list[str]) -> str | None:
+    return next((column for name in names for column in columns if column.lower() == name), None)
+
+
+def _inside(root: Path, name: str) -> Path | None:
+    """The file of that name, or None if there is none within the folder."""
+    try:
+        path = (root / name).resolve()
+        return path if path.is_file() and path.is_relative_to(root) else None
+    except (OSError, ValueError):  # a name that no file can have
+        return None
+
+
+def read_hub_images(
+    source: str,
+    *,
+    size: int = 128,
+    image: str | None = None,
+    caption: str | None = None,
+) -> tuple[dict[str, Pairs], list[str]]:
+    """Read pictures with captions from the hub; all of its pictures are decoded, and held in memory at that size.
+
+    Args:
+        source: "owner/name" or "owner/name:config".
+        size: pixels along a side of the square that each picture is fitted into.
+        image: name of the column of pictures; None for the first.
+        caption: name of the column of captions, strings or lists of strings (the first one is taken); None to have it
+            guessed.
+
+    Returns:
+        The pairs of each split named "train", "validation" or "test", and notes on what was left out.
+
+    Raises:
+        DataError: FTKIT_OFFLINE is set, it does not load, or it lacks such splits, columns or usable rows.
+    """
+    name, _, config = source.partition(":")
+    if registry.offline():
+        raise DataError(f"the hub data set '{source}' needs the network: unset FTKIT_OFFLINE")
+    try:
+        loaded = datasets.load_dataset(name, config or None)
+    except Exception as error:  # the hub, its cache and its formats fail in many ways
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(f"'{source}' did not load from the hub ({reason}): check name and network") from None
+    published = [split for split in SPLITS if split in loaded]
+    if not published:
+        raise DataError(f"'{source}' has the splits {', '.join(loaded)}, but none of {', '.join(SPLITS)}")
+    notes = [f"split '{split}' left out" for split in loaded if split not in SPLITS]
+    image, caption = _hub_columns(loaded[published[0]].features, source, image, caption)
+    notes += [f"pictures from column '{image}', captions from column '{caption}'"]
+    splits = {}
+    for split in published:
+        rows = loaded[split].select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
+        splits[split], dropped = _hub_pairs(rows, image, caption, size)
+        notes += [f"{count:,} {what} rows of {split} left out" for what, count in dropped.items()]
+        if not len(splits[split]):
+            raise DataError(f"none of the {len(rows):,} {split} rows of '{source}' has a picture and a caption")
+    return splits, notes
+
+
+def _hub_columns(features: datasets.Features, source: str, image: str | None, caption: str | None) -> tuple[str, str]:
+    pictures = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    texts = [column for column, feature in features.items() if _is_text(feature)]
+    image = image or next(iter(pictures), None)
+    caption = caption or _usual(CAPTION_NAMES, texts)
+    for chosen, usable, what in ((image, pictures, "image"), (caption, texts, "caption")):
+        if chosen not in usable:
+            wanted = f"column '{chosen}'" if chosen else "usual column"
+            raise DataError(
+                f"'{source}' has no {wanted} of {'pictures' if what == 'image' else 'texts'}, only "
+                f"{', '.join(features)}: name one with {what}="
+            )
+    return image, caption
+
+
+def _is_text(feature: object) -> bool:
+    feature = feature.feature if isinstance(feature, datasets.List) else feature
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def _hub_pairs(rows: datasets.Dataset, image: str, caption: str, size: int) -> tuple[Pairs, dict[str, int]]:
+    """The usable pairs, and the count of the others by what is wrong with them."""
+    pictures, captions, dropped = [], [], defaultdict(int)
+    for row in rows:
+        stored, text = row[image] or {}, row[caption]
+        text = (text[0] if text else None) if isinstance(text, list) else text
+        if not (text or "").strip():
+            dropped["captionless"] += 1
+            continue
+        content = stored.get("bytes")
+        picture, problem = _try_decode(io.BytesIO(content) if content else Path(stored.get("path") or ""), size)
+        if picture is None:
+            dropped[problem] += 1
+            continue
+        pictures.append(picture)
+        captions.append(text.strip())
+    empty = np.empty((0, size, size, 3), dtype=np.uint8)
+    facts = pd.DataFrame(index=range(len(captions)))
+    return Pairs(np.stack(pictures) if pictures else empty, captions, facts), dropped

@@ -1,0 +1,158 @@
+"""Execute a notebook in a kernel, with progress and peak memory."""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from jupyter_client.manager import AsyncKernelManager
+    from nbformat import NotebookNode
+
+
+class Execution(NamedTuple):
+    """How it went: ``error`` is one line, None if every cell ran; the memory is the peak of kernel and children."""
+
+    error: str | None
+    seconds: float
+    peak_rss_mib: float
+
+
+def execute(
+    source: Path, target: Path, parameters: Mapping[str, Any], *, env: Mapping[str, str], progress: bool
+) -> Execution:
+    """Execute a notebook with papermill in the current folder; ``target`` keeps all that ran, also after an error.
+
+    Args:
+        source: the notebook.
+        target: its executed copy, written after each cell.
+        parameters: injected below the `parameters` cell.
+        env: variables for the kernel, besides those of this process.
+        progress: show a bar on stderr.
+    """
+    import papermill
+    from jupyter_core.utils import run_sync
+    from nbclient.exceptions import DeadKernelError
+
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would say is in `error`
+    kernel = _kernel(env)
+    steps = _Steps(progress)
+    memory = _PeakMemory(kernel, steps)
+    error = None
+    start = time.perf_counter()
+    memory.start()
+    try:
+        papermill.execute_notebook(
+            _literal(source),
+            _literal(target),
+            dict(parameters),
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            km=kernel,
+            on_notebook_start=steps.on_notebook_start,
+            on_cell_execute=steps.on_cell_execute,
+            on_cell_executed=steps.on_cell_executed,
+        )
+    except papermill.PapermillExecutionError as failure:
+        message = (failure.evalue.strip().splitlines() or [""])[0].rstrip(".")
+        error = f"{failure.ename}{': ' if message else ''}{message} ({steps.where})"
+    except DeadKernelError:
+        error = f"The kernel died, most likely out of memory: try a smaller batch or fewer rows ({steps.where})"
+    except KeyboardInterrupt:
+        if not target.exists():
+            raise
+        error = f"Interrupted ({steps.where})"
+    finally:
+        memory.stop()
+        steps.bar.close()
+        if kernel.has_kernel:
+            run_sync(kernel.shutdown_kernel)(now=error is not None)
+        if kernel.connected:
+            kernel.connected.stop_channels()
+    return Execution(error, time.perf_counter() - start, memory.peak_mib)
+
+
+def _literal(path: Path) -> str:
+    """The path as papermill takes it: it formats paths with the parameters."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _kernel(env: Mapping[str, str]) -> Any:
+    """A kernel manager for this interpreter: an installed kernelspec named python3 may belong to any other."""
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class ThisInterpreter(AsyncKernelManager):
+        kernel_spec = KernelSpec(**get_kernel_dict(), env=dict(env))
+        connected = None
+        # a second for a clean end, in which what was to be tidied is tidied first; taking torch apart takes longer
+        shutdown_wait_time = 2.0
+
+        def client(self, **kwargs: Any) -> Any:
+            self.connected = super().client(**kwargs)  # kept, since nbclient leaves it open for us to close
+            return self.connected
+
+    return ThisInterpreter(transport_encryption="auto")
+
+
+class _Steps:
+    """Follows the cells through nbclient's hooks: a bar, and where the execution stands."""
+
+    def __init__(self, shown: bool) -> None:
+        from tqdm import tqdm
+
+        layout = "{desc} {n_fmt}/{total_fmt} cells |{bar}| {elapsed}"
+        self.bar = tqdm(desc="starting", total=0, disable=not shown, bar_format=layout, dynamic_ncols=True)
+        self.headings: list[str] = []
+        self.done = 0
+        self.where = "before the first cell"
+
+    def on_notebook_start(self, notebook: "NotebookNode") -> None:
+        heading = ""
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                titles = [line.lstrip("#") for line in cell.source.splitlines() if line.startswith("#")]
+                heading = titles[-1].strip() if titles else heading
+            self.headings.append(heading)
+        self.bar.total = sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in notebook.cells)
+
+    def on_cell_execute(self, cell: "NotebookNode", cell_index: int) -> None:
+        heading = self.headings[cell_index]
+        self.where = f"cell {self.done + 1}" + (f", “{heading}”" if heading else "")
+        self.bar.set_description_str(f"{heading[:40]:<40}")
+
+    def on_cell_executed(self, cell: "NotebookNode", cell_index: int, execute_reply: dict) -> None:
+        self.done += 1
+        self.bar.update()
+
+
+class _PeakMemory(threading.Thread):
+    """Samples the resident memory of kernel and children; pages that they share count once for each."""
+
+    def __init__(self, kernel: "AsyncKernelManager", steps: _Steps) -> None:
+        super().__init__(daemon=True)
+        self.kernel, self.steps = kernel, steps
+        self.ended = threading.Event()
+        self.peak_mib = 0.0
+
+    def run(self) -> None:
+        import psutil
+
+        while not self.ended.wait(0.25):
+            if sys.stderr.isatty():
+                self.steps.bar.refresh()  # a cell may take minutes: the clock goes on
+            try:
+                process = psutil.Process(self.kernel.provisioner.pid)
+                family = [process, *process.children(recursive=True)]
+                self.peak_mib = max(self.peak_mib, sum(p.memory_info().rss for p in family) / 2**20)
+            except (psutil.Error, AttributeError):  # a child that has just ended, a kernel not yet started
+                continue
+
+    def stop(self) -> None:
+        self.ended.set()
+        self.join()

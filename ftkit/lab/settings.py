@@ -1,0 +1,244 @@
+"""What can be set in each notebook."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from ftkit.lab.schema import Dataset, ImageModel, Images, Model, NotebookSettings, OwnFile, Source, setting
+
+
+def settings_of(notebook: str | Path) -> type[NotebookSettings] | None:
+    """The settings class of a notebook, by its name or path; None for a notebook that has none (not ours)."""
+    from ftkit.lab import settings
+
+    classes = [item for item in vars(settings).values() if isinstance(item, type) and hasattr(item, "NOTEBOOK")]
+    return next((cls for cls in classes if Path(notebook).stem == cls.NOTEBOOK), None)
+
+
+class TextSettings(NotebookSettings):
+    """What the notebooks on classified texts share."""
+
+    model: Model = setting("an asset, a hub id (owner/name) or a folder", "minilm", gpu="google-bert/bert-base-uncased")
+    dataset: Dataset = setting("an asset or a hub id (owner/name)", "movie-sentiment")
+    data: OwnFile | None = setting("your own CSV, TSV, JSON Lines or Parquet file instead", None)
+    text: str | None = setting("column with the texts, guessed if None", None)
+    label: str | None = setting("column with the labels, guessed if None", None)
+    rows: int = setting(
+        "training rows of each seed", 1000, smoke=64, gpu=6000, between=(2, 1_000_000), unit="rows", log=True
+    )
+    test_rows: int = setting(
+        "rows every score is measured on", 1000, smoke=100, gpu=2000, between=(2, 1_000_000), unit="rows", log=True
+    )
+    max_length: int = setting(
+        "tokens kept of a text", 64, smoke=32, gpu=128, between=(8, 8192), unit="tokens", log=True
+    )
+    seed: int = setting("the first seed", 0, between=(0, 1_000_000))
+    num_seeds: int = setting(
+        "seeds; each draws its own rows, weights and order", 3, smoke=1, gpu=5, between=(1, 100), unit="seeds"
+    )
+
+    @property
+    def source(self) -> str:
+        """Where the texts come from: the reader's own file, or the data set."""
+        return self.data or self.dataset
+
+
+class FullFineTuning(TextSettings):
+    """Notebook 01."""
+
+    NOTEBOOK: ClassVar = "01_full_fine_tuning"
+    PANEL: ClassVar = ("lr", "schedule", "warmup", "rows", "num_epochs", "batch_size", "keep_best", "seed", "num_seeds")
+
+    lr: float = setting("peak learning rate of full fine-tuning", 1e-4, gpu=3e-5, between=(1e-7, 1), log=True)
+    scratch_lr: float = setting("peak learning rate from random weights", 3e-4, gpu=1e-4, between=(1e-7, 1), log=True)
+    schedule: Literal["linear", "cosine", "constant"] = setting("the rate after warm-up", "linear")
+    warmup: float = setting("share of the steps over which the rate rises from 0", 0.1, between=(0, 0.9))
+    num_epochs: int = setting("passes over the training rows", 2, smoke=1, gpu=3, between=(1, 100), unit="epochs")
+    batch_size: int = setting("rows a step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
+    keep_best: bool = setting("end with the weights of the epoch best on validation", True)
+    live_rows: list[int] = setting("rows tried live beside the study", [200], smoke=[20], between=(2, 1_000_000))
+    live_rates: list[float] = setting("rates tried live beside the study", [3e-4], between=(1e-7, 1))
+    far_domains: list[Dataset] = setting(
+        "sentiment data that a tuned sentiment model is tried on",
+        ["product-sentiment", "editorial-sentiment", "tweet-sentiment"],
+        smoke=["product-sentiment"],
+    )
+
+
+class TrainedText(TextSettings):
+    """What the notebooks that train a network on texts share."""
+
+    lr: float = setting("peak learning rate", 1e-4, gpu=3e-5, between=(1e-7, 1), log=True)
+    schedule: Literal["linear", "cosine", "constant"] = setting("the rate after warm-up", "linear")
+    warmup: float = setting("share of the steps over which the rate rises from 0", 0.1, between=(0, 0.9))
+    num_epochs: int = setting("passes over the training rows", 2, smoke=1, gpu=3, between=(1, 100), unit="epochs")
+    batch_size: int = setting("rows a step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
+    keep_best: bool = setting("end with the weights of the epoch best on validation", True)
+
+
+class Freezing(TrainedText):
+    """Notebook 02."""
+
+    NOTEBOOK: ClassVar = "02_freezing"
+    PANEL: ClassVar = (
+        "method", "lr", "groups", "decay", "schedule", "warmup", "rows", "num_epochs", "batch_size", "keep_best",
+        "seed", "num_seeds",
+    )  # fmt: skip
+
+    rows: int = setting(
+        "training rows of each seed", 400, smoke=64, gpu=4000, between=(2, 1_000_000), unit="rows", log=True
+    )
+    seed: int = setting("the first seed; the record has 0 to 4", 5, between=(0, 1_000_000))
+    lr: float = setting("peak learning rate of the panel's runs", 3e-4, gpu=1e-4, between=(1e-7, 1), log=True)
+    num_epochs: int = setting("passes over the training rows", 3, smoke=2, between=(1, 100), unit="epochs")
+    method: Literal["linear_probe", "last_1", "last_2", "last_4", "full", "gradual", "llrd"] = setting(
+        "what the panel trains", "last_2"
+    )
+    groups: int = setting(
+        "layer groups that gradual unfreezing adds each epoch", 3, smoke=4, between=(1, 100), unit="groups"
+    )
+    decay: float = setting("llrd: a layer's rate over that of the layer above it", 0.7, between=(0.05, 1))
+    lr_scale: float = setting(
+        "factor on each method's best rate on record", 1.0, gpu=0.3, between=(0.001, 100), log=True
+    )
+
+
+class Adapters(TrainedText):
+    """Notebook 03."""
+
+    NOTEBOOK: ClassVar = "03_lora_and_adapters"
+    PANEL: ClassVar = (
+        "method", "lr", "rank", "alpha", "targets", "width", "rows", "num_epochs", "batch_size", "keep_best", "seed",
+        "num_seeds",
+    )  # fmt: skip
+
+    rows: int = setting(
+        "training rows of each seed", 400, smoke=64, gpu=4000, between=(2, 1_000_000), unit="rows", log=True
+    )
+    seed: int = setting("the first seed; the record has 0 to 4", 5, between=(0, 1_000_000))
+    lr: float = setting("peak learning rate of the panel's runs", 1e-3, gpu=3e-4, between=(1e-7, 1), log=True)
+    num_epochs: int = setting("passes over the training rows", 3, smoke=2, between=(1, 100), unit="epochs")
+    method: Literal["bitfit", "ia3", "lora", "adapter", "full"] = setting("what the panel trains", "lora")
+    rank: int = setting("rank of LoRA's update", 8, between=(1, 256), log=True)
+    alpha: float = setting("LoRA's update is scaled by alpha / rank", 16.0, between=(0.1, 1024), log=True)
+    targets: Literal["query-value", "all-linear"] = setting("the layers that LoRA adapts", "query-value")
+    width: int = setting("width of a bottleneck adapter", 16, between=(1, 1024), unit="units", log=True)
+    lr_scale: float = setting(
+        "factor on each method's best rate on record", 1.0, gpu=0.3, between=(0.001, 100), log=True
+    )
+    second_dataset: Dataset = setting("what the second task's adapter learns", "bbc-topics")
+
+
+class Prompting(TextSettings):
+    """Notebook 04."""
+
+    NOTEBOOK: ClassVar = "04_prompt_learning"
+    PANEL: ClassVar = (
+        "method", "template", "lr", "num_tokens", "rank", "rows", "steps", "batch_size", "seed", "num_seeds",
+    )  # fmt: skip
+
+    model: Model = setting(
+        "a causal language model: an asset, a hub id or a folder", "smollm2", gpu="HuggingFaceTB/SmolLM2-1.7B-Instruct"
+    )
+    encoder: Model = setting(
+        "the network that is tuned as a whole beside it", "minilm", gpu="google-bert/bert-base-uncased"
+    )
+    rows: int = setting("labelled rows that a method learns from", 128, smoke=16, between=(2, 1_000_000), log=True)
+    test_rows: int = setting(
+        "rows every score is measured on", 200, smoke=16, gpu=1000, between=(2, 1_000_000), unit="rows", log=True
+    )
+    seed: int = setting("the first seed; the record has 0 to 2", 5, between=(0, 1_000_000))
+    num_seeds: int = setting("seeds; each draws its own rows", 1, gpu=3, between=(1, 100), unit="seeds")
+    template: Literal["heading", "rating", "question", "instruction", "cloze"] = setting(
+        "the prompt that is trained with", "heading"
+    )
+    examples: int = setting("solved examples in a few-shot prompt", 8, smoke=2, between=(1, 64), unit="examples")
+    method: Literal["prompt_tuning", "prefix_tuning", "p_tuning", "lora", "encoder_full", "few_shot", "calibrated"] = (
+        setting("what the panel trains, or scores", "prompt_tuning")
+    )
+    lr: float = setting("peak learning rate of the panel's runs", 1e-2, between=(1e-7, 1), log=True)
+    num_tokens: int = setting("vectors in front of the text", 8, between=(1, 100), unit="tokens")
+    rank: int = setting("rank of LoRA's update", 8, between=(1, 256), log=True)
+    steps: int = setting(
+        "optimiser steps, about; the encoder takes four times as many",
+        50,
+        smoke=2,
+        between=(1, 100_000),
+        unit="steps",
+        log=True,
+    )
+    batch_size: int = setting("rows a step", 8, between=(1, 1024), unit="rows", log=True)
+
+
+class Continual(NotebookSettings):
+    """Notebook 05."""
+
+    NOTEBOOK: ClassVar = "05_catastrophic_forgetting"
+    PANEL: ClassVar = (
+        "sequence", "strategy", "strength", "buffer", "rank", "lr", "rows", "num_epochs", "batch_size", "seed",
+        "num_seeds",
+    )  # fmt: skip
+
+    model: Model = setting("an asset, a hub id (owner/name) or a folder", "minilm", gpu="google-bert/bert-base-uncased")
+    sequence: Literal["tasks", "domains", "classes"] = setting(
+        "tasks have a head each, domains share one, classes come in parts", "tasks"
+    )
+    sources: list[Source] = setting("what is learned: assets, hub ids, your files; [] for the lesson's", [])
+    reverse: bool = setting("learn it in the reverse order", False)
+    rows: int = setting(
+        "training rows of each task", 300, smoke=24, gpu=2000, between=(2, 1_000_000), unit="rows", log=True
+    )
+    test_rows: int = setting(
+        "rows of each task that scores are measured on", 200, smoke=32, gpu=1000, between=(2, 1_000_000), unit="rows",
+        log=True,
+    )  # fmt: skip
+    max_length: int = setting(
+        "tokens kept of a text", 32, smoke=16, gpu=128, between=(8, 8192), unit="tokens", log=True
+    )
+    seed: int = setting("the first seed; the record has 0 to 2", 5, between=(0, 1_000_000))
+    num_seeds: int = setting(
+        "seeds; each draws its own rows, weights and order", 1, gpu=3, between=(1, 100), unit="seeds"
+    )
+    strategy: Literal[
+        "naive", "joint", "frozen", "low_rate", "l2sp", "ewc", "lwf", "replay", "replay_distillation", "lora",
+        "lora_per_task", "wise_ft",
+    ] = setting("what is done against forgetting", "ewc")  # fmt: skip
+    strength: float = setting(
+        "of low_rate, l2sp, ewc, lwf, wise_ft, each on its own scale", 1e4, between=(1e-3, 1e7), log=True
+    )
+    buffer: int = setting("rows that replay remembers", 100, smoke=8, between=(1, 1_000_000), unit="rows", log=True)
+    rank: int = setting("rank of the LoRA strategies", 8, between=(1, 256), log=True)
+    lr: float = setting("peak learning rate", 3e-4, gpu=5e-5, between=(1e-7, 1), log=True)
+    num_epochs: int = setting("passes over the rows of a task", 2, smoke=1, between=(1, 100), unit="epochs")
+    batch_size: int = setting("rows a step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
+
+
+class Contrastive(NotebookSettings):
+    """Notebook 06."""
+
+    NOTEBOOK: ClassVar = "06_clip_loss"
+    PANEL: ClassVar = (
+        "method", "loss", "head", "dim", "temperature", "learn_temperature", "augment", "lr", "batch_size",
+        "num_epochs", "seed", "num_seeds",
+    )  # fmt: skip
+
+    text_model: Model = setting("the text tower: an asset, a hub id or a folder", "minilm")
+    image_model: ImageModel = setting("the image tower: efficientnet-lite0, a hub id or a folder", "efficientnet-lite0")
+    images: Images = setting("emoji, a folder of pictures with a CSV of captions, or a hub id", "emoji")
+    rows: int | None = setting("training pairs; None for all there are", None, smoke=96, between=(8, 10_000_000))
+    test_rows: int = setting(
+        "pictures to search among, never seen in training", 300, smoke=64, gpu=1000, between=(8, 100_000),
+        unit="pictures",
+    )  # fmt: skip
+    size: int = setting("pixels of a picture's side", 128, smoke=64, gpu=224, between=(32, 1024), unit="pixels")
+    method: Literal["heads_only", "locked_image", "both", "from_scratch"] = setting("what is trained", "heads_only")
+    loss: Literal["clip", "siglip", "one_line"] = setting("of a batch of pairs", "clip")
+    head: Literal["linear", "mlp"] = setting("on each tower", "linear")
+    dim: int = setting("width of the common space", 128, between=(2, 4096), log=True)
+    temperature: float = setting("that training starts with", 0.07, between=(0.01, 1), log=True)
+    learn_temperature: bool = setting("or it stays as it is", True)
+    augment: bool = setting("turn, shift and scale the training pictures", False)
+    lr: float = setting("peak learning rate of the panel's runs", 1e-3, between=(1e-7, 1), log=True)
+    num_epochs: int = setting("passes over the training pairs", 15, smoke=6, between=(1, 1000), unit="epochs")
+    batch_size: int = setting("pairs a step, each other's negatives", 64, gpu=256, between=(2, 65536), log=True)
+    seed: int = setting("the first seed; the record has 0 to 2", 5, between=(0, 1_000_000))
+    num_seeds: int = setting("seeds; each draws its own weights and order", 1, gpu=3, between=(1, 100), unit="seeds")

@@ -1,0 +1,305 @@
+"""The control panel of a notebook: turn a setting, press Train, watch the curve, compare the runs."""
+
+import html
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+from IPython import get_ipython
+from ipywidgets import HTML, Button, Dropdown, HBox, VBox
+
+from ftkit.errors import SettingsError
+from ftkit.lab import results
+from ftkit.lab.machine import release_threads
+from ftkit.lab.results import Outcome, mean_figures, method_entry, results_table, runs_folder
+from ftkit.lab.schema import NotebookSettings, in_words
+from ftkit.lab.widgets.controls import Picture, make_controls
+from ftkit.lab.widgets.display import in_one_line, somebody_is_there
+from ftkit.lab.widgets.live_curve import LiveCurve
+from ftkit.metrics import Evaluation, compare
+from ftkit.training.callbacks import Callback
+from ftkit.training.monitor import Meter
+
+STYLE = """<style>
+.ftkit-runs { border-collapse: collapse; width: 100%; line-height: 1.4; }
+.ftkit-runs th, .ftkit-runs td { padding: 0.3em 0.6em; text-align: right; border-bottom: 1px solid #8886; }
+.ftkit-runs :is(th, td):is(:nth-child(2), :last-child) { text-align: left; min-width: 8em; }
+</style>"""
+
+
+@dataclass(frozen=True)
+class PanelRun:
+    """A run of a panel that has scores.
+
+    Attributes:
+        number: in the table, from 1.
+        settings: that it was made with.
+        outcomes: one for each seed that was trained, at least one.
+        total_steps: that the last of these seeds was to take.
+        error: why it ended, if it failed.
+    """
+
+    number: int
+    settings: NotebookSettings
+    outcomes: Sequence[Outcome]
+    total_steps: int
+    error: str | None = None
+
+    @property
+    def split(self) -> str:
+        """That it is scored on: the first one."""
+        return next(iter(self.outcomes[0].evaluations))
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """On that split, one a seed."""
+        return [outcome.evaluations[self.split] for outcome in self.outcomes]
+
+    @cached_property
+    def entry(self) -> dict[str, Any]:
+        """As in metrics.json."""
+        histories = [outcome.history for outcome in self.outcomes]
+        seeds = [outcome.seed for outcome in self.outcomes]
+        weights = histories[0].trainable_parameters
+        entry = method_entry(self.evaluations, histories, seeds=seeds, trainable_parameters=weights)
+        return entry | mean_figures(self.outcomes)
+
+    @property
+    def ended(self) -> str:
+        """finished, stopped or failed, and where."""
+        last, done, asked = self.outcomes[-1].history, len(self.outcomes), len(seeds_of(self.settings))
+        seeds = f" after {done} of {asked} seeds" if done < asked else ""
+        if self.error:
+            return f"failed{seeds}: {self.error}"
+        if last.ended != "finished":
+            return f"stopped at step {len(last.steps)} of {self.total_steps}" + (
+                f", seed {done} of {asked}" * (asked > 1)
+            )
+        return f"stopped{seeds}" if seeds else "finished"
+
+    def told(self, names: Sequence[str]) -> str:
+        """Some of its settings in words."""
+        return ", ".join(f"{name} {in_words(getattr(self.settings, name))}" for name in names)
+
+
+def seeds_of(settings: NotebookSettings) -> list[int]:
+    """That a run of these settings trains; one, 0, where the notebook has none to set."""
+    return getattr(settings, "seeds", [0])
+
+
+def varied(runs: Sequence[PanelRun], start: NotebookSettings) -> list[str]:
+    """Names of the panel's settings in which some run differs from the start."""
+    return [name for name in start.PANEL if any(getattr(r.settings, name) != getattr(start, name) for r in runs)]
+
+
+def table_html(runs: Sequence[PanelRun], start: NotebookSettings) -> str:
+    """A row a run, with the settings in which any of them differs from the start."""
+    if not runs:
+        return "<div>No run yet: press Train.</div>"
+    names = varied(runs, start)
+    table = results_table({str(run.number): run.entry for run in runs})
+    splits = ", ".join(dict.fromkeys(run.split for run in runs))
+    table = table.rename(columns={"accuracy": f"accuracy on {splits}", "seconds": "seconds a seed"})
+    table.insert(0, "settings", [run.told(names) or "as given" for run in runs])
+    for name in dict.fromkeys(figure for run in runs for figure in mean_figures(run.outcomes)):
+        values = [mean_figures(run.outcomes).get(name) for run in runs]
+        table[name.replace("_", " ")] = ["–" if value is None else f"{value:.3f}" for value in values]
+    table["ended"] = [run.ended for run in runs]
+    return STYLE + table.rename_axis(columns="run").to_html(classes="ftkit-runs", border=0, justify="unset")
+
+
+def comparison_html(first: PanelRun, second: PanelRun) -> str:
+    """In which of the panel's settings two runs differ, and what the paired comparison of their scores says."""
+    if first is second:
+        return "<div>Choose two different runs.</div>"
+    names = [name for name in first.settings.PANEL if getattr(first.settings, name) != getattr(second.settings, name)]
+    a, b = f"run {first.number}", f"run {second.number}"
+    differ = f"R{a[1:]} has {first.told(names)}; {b} has {second.told(names)}." if names else "No setting differs."
+    return "".join(f"<div>{html.escape(text)}</div>" for text in (differ, _verdict(first, second, a, b)))
+
+
+def _verdict(first: PanelRun, second: PanelRun, a: str, b: str) -> str:
+    ours, theirs = first.evaluations, second.evaluations
+    if first.split != second.split or not np.array_equal(ours[0].labels, theirs[0].labels):
+        return f"Their scores can't be paired: {a} and {b} were scored on different rows."
+    if len(ours) != len(theirs):
+        return f"Their scores can't be paired: the number of seeds is {len(ours)} in {a} and {len(theirs)} in {b}."
+    paired = compare([evaluation.correct for evaluation in ours], [evaluation.correct for evaluation in theirs])
+    low, high = paired.ci95
+    return (
+        f"{a.capitalize()} {paired.verdict} {b}: accuracy on {first.split} {paired.difference:+.3f}, "
+        f"95 % interval {low:+.3f} to {high:+.3f} (paired, {len(ours)} seed{'s' * (len(ours) > 1)})."
+    )
+
+
+Train = Callable[[Any, int, Sequence[Callback]], Outcome]
+
+
+def panel(settings: NotebookSettings, train: Train) -> "Panel | Picture":
+    """The control panel, as the last expression of a cell; where nobody is there to use it, its picture.
+
+    While a run goes on, leave the cells alone that train or draw random numbers: ``fit`` uses the global random
+    generators, so that either would disturb the other.
+
+    Args:
+        settings: what the controls start with; its ``PANEL`` names those that get one.
+        train: called as ``train(settings, seed, callbacks)`` for each seed in turn; gives the outcome of one run,
+            which it makes with ``fit(…, callbacks=callbacks)``.
+    """
+    return Panel(settings, train) if somebody_is_there() else Picture(settings)
+
+
+class Panel:
+    """Controls, buttons, live curve, table of runs and their comparison; see ``panel``.
+
+    A run trains in a thread of its own, one run at a time in all panels, so that the kernel stays free.
+
+    Attributes:
+        controls: by name of the setting.
+        runs: that joined the table.
+        thread: of the last run.
+    """
+
+    _training: ClassVar["Panel | None"] = None  # fit can't be run twice at once: its random generators are global
+
+    def __init__(self, settings: NotebookSettings, train: Train) -> None:
+        self.settings, self.train = settings, train
+        self.controls = make_controls(settings)
+        self.runs: list[PanelRun] = []
+        self.thread: threading.Thread | None = None
+        self.train_button = Button(description="Train", button_style="primary", tooltip="train with these settings")
+        self.stop_button = Button(description="Stop", disabled=True, tooltip="end after this step and keep the run")
+        self.reset_button = Button(description="Reset", tooltip="back to the settings at the start")
+        self.train_button.on_click(self._start)
+        self.stop_button.on_click(self._stop)
+        self.reset_button.on_click(self._reset)
+        self.curve = LiveCurve()
+        self.table, self.comparison = HTML(table_html([], settings)), HTML()
+        style = {"description_width": "initial"}
+        self.first, self.second = (Dropdown(description=text, style=style) for text in ("compare run", "with run"))
+        self.first.observe(self._show_comparison, "value")
+        self.second.observe(self._show_comparison, "value")
+        self._pair = VBox([HBox([self.first, self.second]), self.comparison], layout={"display": "none"})
+
+        left = VBox(
+            [control.widget for control in self.controls.values()], layout={"width": "330px", "margin": "0 12px 0 0"}
+        )
+        buttons = HBox([self.train_button, self.stop_button, self.reset_button])
+        right = VBox([buttons, self.curve.status, self.curve.picture], layout={"width": "500px", "flex": "1 1 auto"})
+        self._box = VBox([HBox([left, right], layout={"flex_flow": "row wrap"}), self.table, self._pair])
+        if get_ipython() is not None:  # the thread that runs the cells may be another than that of a click
+            get_ipython().events.register("post_run_cell", _release_threads)
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        return self._box._repr_mimebundle_(**options)
+
+    def _start(self, _: Button) -> None:
+        if Panel._training is not None:
+            self.curve.say("Another panel is training: press Stop to end its run, or wait for it.", "alert")
+            self.stop_button.disabled = False
+            return
+        try:
+            chosen = self.settings.changed(**{name: control.value for name, control in self.controls.items()})
+        except SettingsError as error:
+            self.curve.say(str(error), "alert")
+            return
+        Panel._training = self
+        self.train_button.disabled, self.stop_button.disabled = True, False
+        self.curve.begin(seeds_of(chosen))
+        self.thread = threading.Thread(target=self._run, args=[chosen], daemon=True)
+        self.thread.start()
+
+    def _stop(self, _: Button) -> None:
+        self.stop_button.disabled = True
+        training = Panel._training  # its thread may end at any moment
+        if training is not None:
+            training.curve.stop.set()
+
+    def _reset(self, _: Button) -> None:
+        for control in self.controls.values():
+            control.reset()
+
+    def _run(self, chosen: NotebookSettings) -> None:
+        """A whole run, in its thread; what goes wrong is said in the panel."""
+        started = datetime.now().astimezone()
+        try:
+            with Meter() as cost:
+                outcomes, error = self._train_seeds(chosen)
+            if outcomes:
+                self._join(PanelRun(len(self.runs) + 1, chosen, outcomes, self.curve.total_steps, error))
+            if outcomes or error:
+                self._record(chosen, started, cost, self.runs[-1] if outcomes else None, error)
+            if error:
+                self.curve.say(error, "alert")
+            elif outcomes:
+                self.curve.say(f"Run {len(self.runs)} {self.runs[-1].ended}.", "status")
+            else:
+                self.curve.say("Stopped before the first step: there is nothing to keep.", "status")
+        except Exception as problem:
+            self.curve.say(in_one_line(problem), "alert")
+        finally:
+            Panel._training = None
+            self.train_button.disabled, self.stop_button.disabled = False, True
+
+    def _train_seeds(self, chosen: NotebookSettings) -> tuple[list[Outcome], str | None]:
+        """The outcomes there are, and the error that ended the run if one did."""
+        outcomes: list[Outcome] = []
+        for seed in seeds_of(chosen):
+            if self.curve.stop.is_set():
+                break
+            self.curve.begin_seed(seed)
+            try:
+                outcome = self.train(chosen, seed, [self.curve])
+            except Exception as problem:
+                return outcomes, in_one_line(problem)
+            finally:
+                self.curve.end_seed()
+            if outcome.history.steps or not self.curve.stop.is_set():  # else it is untrained
+                outcomes.append(outcome)
+        return outcomes, None
+
+    def _join(self, run: PanelRun) -> None:
+        """Put a run into the table, and beside the one that was chosen to compare with."""
+        table = table_html([*self.runs, run], self.settings)
+        self.runs.append(run)
+        self.table.value = table
+        names = varied(self.runs, self.settings)
+        options = [(f"{run.number}: {run.told(names) or 'as given'}", i) for i, run in enumerate(self.runs)]
+        reference = self.second.value or 0
+        self.first.options = self.second.options = options
+        self.first.value, self.second.value = len(self.runs) - 1, reference
+        self._pair.layout.display = "flex" if len(self.runs) > 1 else "none"
+
+    def _show_comparison(self, _: Any) -> None:
+        if None not in (self.first.value, self.second.value):
+            self.comparison.value = comparison_html(self.runs[self.first.value], self.runs[self.second.value])
+
+    def _record(
+        self, chosen: NotebookSettings, started: datetime, cost: Meter, run: PanelRun | None, error: str | None
+    ) -> None:
+        """A line in the ledger."""
+        entry = {
+            "id": uuid.uuid4().hex,
+            "source": "panel",
+            "notebook": chosen.NOTEBOOK,
+            "tier": chosen.tier,
+            "started": started.isoformat(timespec="seconds"),
+            "parameters": {name: value for name, (_, value) in chosen.differing().items()},
+            "settings": chosen.model_dump(),
+            "metrics": {"panel": run.entry | {"split": run.split}} if run else {},
+            "seconds": cost.seconds,
+            "peak_rss_mib": cost.peak_rss_mib,
+            "error": error,
+            "ended": "failed" if error else run.ended.split()[0],
+        }
+        results.append(runs_folder() / results.NAME, entry)
+
+
+def _release_threads(result: Any) -> None:
+    """After each cell: what it left waiting would slow the panel's training."""
+    release_threads()

@@ -1,0 +1,41 @@
+"""Where to compute, how precisely, and why."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import parse_flag_from_env
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where to compute and how precisely, with the reason.
+
+    Attributes:
+        device: "cuda", "mps" or "cpu".
+        precision: "fp32", "bf16" or "fp16": what pays on that device.
+        reason: one line for the reader.
+    """
+
+    device: torch.device
+    precision: str
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def choose_device() -> Device:
+    """Choose CUDA, else MPS, else the CPU (always the CPU if ``ACCELERATE_USE_CPU=1``), and the precision."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):  # read as accelerate reads it, or model and loop would part
+        why = "ACCELERATE_USE_CPU is set"
+    elif torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Device(torch.device("cuda"), "bf16", f"cuda ({name}), bf16: it has units for it, and no overflow")
+        return Device(torch.device("cuda"), "fp16", f"cuda ({name}), fp16 with loss scaling: it has no bf16 units")
+    elif torch.backends.mps.is_available():
+        return Device(torch.device("mps"), "fp32", "mps (Apple GPU), fp32: the precision that is safe there")
+    else:
+        why = "no CUDA or MPS device found"
+    threads = torch.get_num_threads()
+    return Device(torch.device("cpu"), "fp32", f"cpu, {threads} threads ({why}), fp32: bf16 is slower on most CPUs")

@@ -1,0 +1,167 @@
+"""Which layers train, from which epoch on, and at which learning rate."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
+
+import pandas as pd
+from accelerate import PartialState
+from torch import nn
+
+from ftkit.errors import FreezingError, nearest
+from ftkit.models.architecture import layer_groups
+from ftkit.training.callbacks import Callback
+from ftkit.training.state import TrainingRun
+
+
+def freeze(model: nn.Module, train: int | str | Sequence[str]) -> nn.Module:
+    """Let only some parameters train; ``fit`` runs what is wholly frozen in eval mode.
+
+    Args:
+        model: changed in place: ``requires_grad`` of every parameter is set.
+        train: what trains. A number: the last so many groups of ``layer_groups``, 1 for the head alone, 3 for the head
+            and two blocks. Or one or more names of groups or parameters, or patterns of them: "embeddings";
+            ["layer *", "head"] (all but the embeddings); ["*.bias", "classifier.*"].
+
+    Returns:
+        The model.
+
+    Raises:
+        FreezingError: a name or number that the model does not have.
+    """
+    if isinstance(train, int):
+        groups = layer_groups(model)
+        if not 1 <= train <= len(groups):
+            raise FreezingError(f"train={train}, but the model has {len(groups)} groups: give 1 to {len(groups)}.")
+        chosen = {id(p) for group in groups[-train:] for p in group.parameters.values()}
+    else:
+        chosen = _matching(model, [train] if isinstance(train, str) else train)
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+    return model
+
+
+def _matching(model: nn.Module, patterns: Sequence[str]) -> set[int]:
+    """Ids of the parameters that the patterns name."""
+    named = {name: [p] for name, p in model.named_parameters(remove_duplicate=False)}
+    with suppress(FreezingError):  # the names of parameters are then all there is to go by
+        named |= {group.name: list(group.parameters.values()) for group in layer_groups(model)}
+    chosen: set[int] = set()
+    for pattern in patterns:
+        found = [name for name in named if fnmatchcase(name, pattern)]
+        if not found:
+            raise FreezingError(
+                f"The model has no group or parameter {pattern!r}; the nearest is {nearest(pattern, named)!r} "
+                "('*' matches anything)."
+            )
+        chosen |= {id(p) for name in found for p in named[name]}
+    return chosen
+
+
+class GradualUnfreezing(Callback):
+    """Train the last group first, and with each epoch the next one below it too (Howard and Ruder, 2018).
+
+    Whatever shall ever train must require a gradient before ``fit``, which builds its optimiser from that. When a run
+    ends early, the groups that it did not reach are left frozen. Give it after Checkpoint.
+
+    Args:
+        groups: of ``layer_groups``, how many each epoch adds, the first one included.
+
+    Raises:
+        FreezingError: no group would ever train.
+    """
+
+    def __init__(self, groups: int = 1) -> None:
+        if groups < 1:
+            raise FreezingError(f"groups={groups} would never train anything: give 1 or more groups an epoch.")
+        self.groups = groups
+
+    def on_start(self, run: TrainingRun) -> None:
+        """Raises FreezingError: fewer than two groups train, or there are several processes."""
+        held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+        groups = [[p for p in group.parameters.values() if id(p) in held] for group in layer_groups(run.model)]
+        self._from_top = [parameters for parameters in reversed(groups) if parameters]
+        if len(self._from_top) < 2:
+            raise FreezingError(
+                "GradualUnfreezing has nothing to unfreeze, for only one group trains: "
+                "let all that shall ever train require a gradient before fit, as with freeze(model, train=4)."
+            )
+        if PartialState().num_processes > 1:
+            raise FreezingError("GradualUnfreezing needs one process, for others would wait for frozen gradients.")
+        self.on_epoch(run)
+
+    def on_epoch(self, run: TrainingRun) -> None:
+        unfrozen = self.groups * (1 + len(run.history.epochs))
+        for depth, parameters in enumerate(self._from_top):
+            for parameter in parameters:
+                parameter.requires_grad_(depth < unfrozen)
+                parameter.grad = None  # with a gradient of zero AdamW's moments would still move a frozen weight
+
+
+def layer_rates(model: nn.Module, lr: float, factor: float) -> dict[str, float]:
+    """The rate of each group by its name: lr * factor^(L - l), the head (l = L) at the full rate.
+
+    Discriminative rates (Howard and Ruder, 2018) have factor 1 / 2.6; layer-wise decay often has 0.9.
+
+    Raises:
+        FreezingError: the factor is not in (0, 1].
+    """
+    if not 0 < factor <= 1:
+        raise FreezingError(f"A factor of {factor} does not slow lower layers: give one above 0, up to 1.")
+    groups = layer_groups(model)
+    return {group.name: lr * factor ** (len(groups) - 1 - place) for place, group in enumerate(groups)}
+
+
+class LayerwiseRates(Callback):
+    """Train lower groups more slowly, at the rates of ``layer_rates``; weight decay stays as it is.
+
+    Give it before Checkpoint, which restores the optimiser by its groups.
+
+    Args:
+        factor: a group's rate over that of the next higher one, in (0, 1].
+    """
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def on_start(self, run: TrainingRun) -> None:
+        rates = layer_rates(run.model, run.settings.lr, self.factor)
+        rate_of = {id(p): rates[group.name] for group in layer_groups(run.model) for p in group.parameters.values()}
+        split = []
+        for options in run.optimizer.param_groups:
+            for rate in sorted(set(rates.values()), reverse=True):
+                parameters = [p for p in options["params"] if rate_of[id(p)] == rate]
+                split += [{**options, "params": parameters, "initial_lr": rate}] if parameters else []
+        run.optimizer.param_groups[:] = split
+        self._rates = [options["initial_lr"] for options in split]
+
+    def on_step(self, run: TrainingRun) -> None:
+        """Raises FreezingError: a checkpoint brought other rates."""
+        if [options["initial_lr"] for options in run.optimizer.param_groups] != self._rates:
+            raise FreezingError(
+                f"The checkpoint is of a run with other rates than those of factor={self.factor:g}: "
+                "use the factor it was begun with, or another file."
+            )
+
+
+def group_table(model: nn.Module, rates: Mapping[str, float] | float | None = None) -> pd.DataFrame:
+    """A row a group and one for all: parameters, how many train, their share, and the peak learning rate.
+
+    Args:
+        rates: by group, as ``layer_rates`` gives them, or one for all groups; None leaves the column out.
+    """
+    groups = layer_groups(model)
+    rows = []
+    for group in groups:
+        parameters = group.parameters.values()
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        row = {"group": group.name, "parameters": sum(p.numel() for p in parameters), "trainable": trainable}
+        if rates is not None:
+            rate = rates[group.name] if isinstance(rates, Mapping) else rates
+            row["learning rate"] = rate if row["trainable"] else float("nan")
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    total = {"group": "all", "parameters": table["parameters"].sum(), "trainable": table["trainable"].sum()}
+    table = pd.concat([table, pd.DataFrame([total])], ignore_index=True)
+    table.insert(3, "share", table["trainable"] / table["parameters"].clip(lower=1))
+    return table.set_index("group")

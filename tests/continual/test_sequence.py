@@ -1,0 +1,300 @@
+"""Sequences of tiny tasks: what a strategy keeps, what the matrix says, and that a killed one comes to the same end."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_sequences import encode, make_model, make_sequence
+
+from ftkit.continual.penalties import add_old_logits
+from ftkit.continual.sequence import learn_sequence
+from ftkit.continual.strategies import (
+    STRATEGIES,
+    Average,
+    Consolidation,
+    Frozen,
+    LearnWithoutForgetting,
+    LowRate,
+    Replay,
+    ReplayDistillation,
+    Strategy,
+    make_strategy,
+)
+from ftkit.models.modules import snapshot, weight_distance
+from ftkit.training.callbacks import Callback
+from ftkit.training.loop import evaluate, fit
+from ftkit.training.state import TrainSettings
+
+SETTINGS = TrainSettings(lr=3e-3, num_epochs=2, batch_size=8, precision="fp32", keep_best=False)
+KINDS = ("many_tasks", "many_domains", "growing")
+
+
+def run_one(strategy, kind="many_tasks", settings=SETTINGS, **options):
+    sequence = make_sequence(kind)
+    model = make_model(sequence)
+    return model, learn_sequence(model, encode(sequence), strategy, settings, **options)
+
+
+def body(model):
+    heads = model.head_parameters()
+    return {name: weights for name, weights in snapshot(model).items() if name not in heads}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_naive_is_fit_on_one_task_after_the_other(kind):
+    sequence = make_sequence(kind)
+    tasks, model = encode(sequence), make_model(sequence)
+    expected = []
+    model.seen = 0
+    for stage in range(4):
+        if stage:
+            model.seen = stage
+            heads = model.heads_of(range(stage) if kind == "growing" else [stage - 1])
+            model.requires_grad_(True)
+            for name, head in model.head_parameters().items():
+                model.get_parameter(name).requires_grad_(head in heads)
+            fit(model, {"train": tasks[stage - 1]["train"]}, SETTINGS)
+        unknown = range(stage, 3) if kind == "growing" else ()
+        expected.append([0.0 if j in unknown else evaluate(model, tasks[j]["test"]).accuracy for j in range(3)])
+    other, run = run_one(Strategy(), kind)
+    matrix = run.matrix()
+    assert np.vstack([matrix.b, matrix.R]) == pytest.approx(np.array(expected))
+    assert all(torch.equal(weights, snapshot(other)[name]) for name, weights in snapshot(model).items())
+    assert [len(history.steps) for history in run.histories] == [6, 6, 6]
+    assert min(run.distances) > 0
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_learns_every_kind_of_sequence(name):
+    for kind in KINDS:
+        if (name, kind) == ("lora_per_task", "growing"):
+            with pytest.raises(ValueError, match="needs to know a row's task"):
+                run_one(make_strategy(name), kind)
+            continue
+        _, run = run_one(make_strategy(name), kind)
+        matrix = run.matrix()
+        assert matrix.R.shape == (3, 3)
+        assert len(run.distances) == 3 and np.isfinite(run.distances).all()
+        steps = [len(history.steps) for history in run.histories]
+        assert steps == ([18, 0, 0] if name == "joint" else [6, 6, 6])
+
+
+def test_nothing_is_forgotten_where_nothing_is_shared():
+    for name in ("frozen", "lora_per_task"):
+        _, run = run_one(make_strategy(name))
+        for task in range(3):
+            just, *later = (stage[task].predictions for stage in run.evaluations["test"][task + 1 :])
+            assert all(np.array_equal(predictions, just) for predictions in later), name
+        changed = [
+            not np.array_equal(before.predictions, last.predictions)
+            for before, last in zip(run.evaluations["test"][0], run.evaluations["test"][-1], strict=True)
+        ]
+        assert any(changed), name  # it does learn
+
+
+def test_heads_that_are_not_trained_stay_to_the_bit():
+    sequence = make_sequence()
+    model = make_model(sequence)
+    start = snapshot(model)
+    learn_sequence(model, encode(sequence), LowRate(1e-6), SETTINGS.model_copy(update={"weight_decay": 0.5}))
+    # of the later tasks only the heads have had a rate too low to see, the first one's has stayed since
+    alone = make_model(sequence)
+    fit_first = {"train": encode(sequence)[0]["train"]}
+    for name, head in alone.head_parameters().items():
+        alone.get_parameter(name).requires_grad_(head == "head 0")
+    fit(alone, fit_first, SETTINGS.model_copy(update={"weight_decay": 0.5}))
+    for name, head in model.head_parameters().items():
+        if head == "head 0":
+            assert torch.equal(model.get_parameter(name), alone.get_parameter(name))
+        else:
+            torch.testing.assert_close(model.get_parameter(name).detach(), start[name], atol=1e-4, rtol=1e-3)
+
+
+def test_the_joint_matrix_has_one_row():
+    _, run = run_one(make_strategy("joint"))
+    matrix = run.matrix()
+    assert (matrix.R[1:] == matrix.R[0]).all()
+    assert matrix.forgetting == 0 and matrix.learning_accuracy == pytest.approx(matrix.average_accuracy)
+
+
+@pytest.mark.parametrize(
+    ("weak", "strong"),
+    [
+        (lambda: LowRate(1.0), lambda: LowRate(0.01)),
+        (lambda: make_strategy("l2sp", 0.0), lambda: make_strategy("l2sp", 10.0)),
+        (lambda: Consolidation(0.0), lambda: Consolidation(1e6)),
+        (lambda: Average(0.0), lambda: Average(0.9)),
+    ],
+)
+def test_the_stronger_the_nearer_to_the_first_task(weak, strong):
+    plain, naive = run_one(Strategy())
+    none, _ = run_one(weak())
+    for name, weights in body(plain).items():
+        torch.testing.assert_close(body(none)[name], weights, atol=1e-5, rtol=1e-4)
+    much, run = run_one(strong())
+    assert run.distances[0] == pytest.approx(naive.distances[0])  # on the first task there is nothing to hold to
+    assert run.distances[-1] - run.distances[0] < 0.5 * (naive.distances[-1] - naive.distances[0])
+    assert weight_distance(much, body(plain)) > 0
+
+
+def old_head_on_new_rows(strength):
+    """How the first head's probabilities on the second task's rows change while that is learned, and its weights."""
+    sequence = make_sequence()
+    tasks, model, said, heads = encode(sequence), make_model(sequence, dropout=0), {}, {}
+
+    class Watched(LearnWithoutForgetting):
+        def before(self, stage):
+            logits = [row["old_logits"][:2] for row in add_old_logits(stage.model, tasks[1]["train"])]
+            said[stage.index] = torch.tensor(np.array(logits)).softmax(-1)
+            heads[stage.index] = snapshot(stage.model)
+            super().before(stage)
+
+    learn_sequence(model, tasks, Watched(strength), SETTINGS.model_copy(update={"num_epochs": 5}))
+    name = next(name for name, head in model.head_parameters().items() if head == "head 0")
+    return (said[2] - said[1]).abs().mean().item(), not torch.equal(heads[1][name], heads[2][name])
+
+
+def test_distillation_holds_old_heads_to_what_they_said_of_new_rows_and_trains_them():
+    free, _ = old_head_on_new_rows(0.0)
+    held, trained = old_head_on_new_rows(10.0)
+    assert held < 0.7 * free
+    assert trained
+
+
+def test_groups_on_top_train_with_the_heads():
+    sequence = make_sequence()
+    for groups, moved in [(0, set()), (1, {"pooler"}), (2, {"pooler", "layer.1"})]:
+        model = make_model(sequence)
+        start = body(model)
+        learn_sequence(model, encode(sequence), Frozen(groups), SETTINGS)
+        changed = {name for name, weights in body(model).items() if not torch.equal(weights, start[name])}
+        assert {part for part in ("embeddings", "layer.0", "layer.1", "pooler") for n in changed if part in n} == moved
+    with pytest.raises(ValueError, match="has 4 groups, and 5 are to train"):
+        run_one(Frozen(5))
+
+
+class KilledError(Exception):
+    pass
+
+
+def killed_in(strategy_class, stage_index, step):
+    """The same strategy, that is killed in one step of one task."""
+
+    class Mortal(strategy_class):
+        def before(self, stage):
+            super().before(stage)
+            calls = []
+
+            def bomb(model, batch, outputs):
+                calls.append(0)
+                if stage.index == stage_index and len(calls) == step:
+                    raise KilledError
+                return outputs.logits.new_zeros(())
+
+            stage.penalties.append(bomb)
+
+    Mortal.__name__ = strategy_class.__name__
+    return Mortal
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind"),
+    [
+        (Consolidation, "many_tasks"),
+        (ReplayDistillation, "growing"),
+        (STRATEGIES["lora_per_task"], "many_tasks"),
+        (Average, "many_domains"),
+    ],
+)
+@pytest.mark.parametrize("where", [(0, 2), (1, 5), (2, 4)])  # in the first epoch, or in the second
+def test_a_killed_sequence_comes_to_the_same_end(tmp_path, strategy, kind, where):
+    settings = SETTINGS.model_copy(update={"keep_best": True})
+    model, whole = run_one(strategy(), kind, settings)
+    with pytest.raises(KilledError):
+        run_one(killed_in(strategy, *where)(), kind, settings, folder=tmp_path)
+    resumed, run = run_one(strategy(), kind, settings, folder=tmp_path)
+    assert np.array_equal(run.matrix().R, whole.matrix().R) and np.array_equal(run.matrix().b, whole.matrix().b)
+    assert run.distances == whole.distances
+    assert [len(history.steps) for history in run.histories] == [6, 6, 6]
+    for name, weights in snapshot(model).items():
+        assert torch.equal(weights, snapshot(resumed)[name]), name
+    _, again = run_one(strategy(), kind, settings, folder=tmp_path)  # of what is finished nothing is trained anew
+    assert np.array_equal(again.matrix().R, whole.matrix().R)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sequence.pt"]
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    run_one(Replay(4), folder=tmp_path)
+    with pytest.raises(ValueError, match="holds a run with strength=4, this one has 5"):
+        run_one(Replay(5), folder=tmp_path)
+    with pytest.raises(ValueError, match=r"holds a run with lr=0.003"):
+        run_one(Replay(4), settings=SETTINGS.model_copy(update={"lr": 1e-3}), folder=tmp_path)
+
+
+def test_an_interrupted_task_ends_the_sequence():
+    class Interrupted(Strategy):
+        def before(self, stage):
+            super().before(stage)
+
+            def interrupt(model, batch, outputs):
+                raise KeyboardInterrupt
+
+            stage.penalties.append(interrupt)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_one(Interrupted())
+
+
+def test_several_splits_are_measured():
+    _, run = run_one(Strategy(), splits=("validation", "test"))
+    assert [len(part.labels) for part in run.evaluations["validation"][0]] == [8, 8, 8]
+    assert [len(part.labels) for part in run.evaluations["test"][0]] == [12, 12, 12]
+    assert run.matrix("validation").names == ["task 0", "task 1", "task 2"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_in_the_end_is_measured_on_all_tasks_together(kind):
+    model, run = run_one(Strategy(), kind)
+    together = run.evaluation()
+    assert together.accuracy == pytest.approx(run.matrix().average_accuracy)  # all tasks have as many rows
+    assert len(together.labels) == 36
+    expected = evaluate(model, [row for task in encode(make_sequence(kind)) for row in task["test"]])
+    assert np.array_equal(together.labels, expected.labels)
+    assert np.allclose(together.probabilities, expected.probabilities, atol=1e-6)
+    assert together.loss == pytest.approx(expected.loss, abs=1e-5)
+
+
+def test_the_histories_are_one_history_and_callbacks_see_each_task():
+    class Counter(Callback):
+        starts = steps = 0
+
+        def on_start(self, run):
+            self.starts += 1
+
+        def on_step(self, run):
+            self.steps += 1
+
+    counter = Counter()
+    _, run = run_one(Strategy(), callbacks=[counter])
+    assert (counter.starts, counter.steps) == (3, 18)
+    assert [step["step"] for step in run.history.steps] == list(range(1, 19))
+    assert [epoch["epoch"] for epoch in run.history.epochs] == list(range(1, 7))
+    assert run.history.steps[6]["loss"] == run.histories[1].steps[0]["loss"]
+    assert run.history.seconds == sum(history.seconds for history in run.histories) > 0
+    assert run.history.ended == "finished"
+
+
+def test_what_can_not_be_learned_is_refused():
+    sequence = make_sequence()
+    tasks = encode(sequence)
+    with pytest.raises(ValueError, match="is for 3 tasks, not 2"):
+        learn_sequence(make_model(sequence), tasks[:2], Strategy(), SETTINGS)
+    with pytest.raises(ValueError, match="task 0 has no rows of the split 'dev'"):
+        run_one(Strategy(), splits=("dev",))
+    with pytest.raises(ValueError, match="label_smoothing"):
+        run_one(Strategy(), settings=SETTINGS.model_copy(update={"label_smoothing": 0.1}))
+    with pytest.raises(ValueError, match="no strategy 'ewk': choose from naive, joint"):
+        make_strategy("ewk")
+    with pytest.raises(ValueError, match="naive has no strength"):
+        make_strategy("naive", 1.0)
+    with pytest.raises(ValueError, match="multiplied by 0"):
+        LowRate(0)

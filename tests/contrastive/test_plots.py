@@ -1,0 +1,135 @@
+"""Figures of pictures and texts: their numbers, their words, what is drawn where."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.offsetbox import AnnotationBbox
+
+from ftkit import plots
+from ftkit.contrastive import plots as contrastive_plots
+from ftkit.data.pairs import Pairs
+
+RNG = np.random.default_rng(0)
+CAPTIONS = ["a cat", "a dog that runs after a very long red train", "costs $5 or $6"]
+PAIRS = Pairs(RNG.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8), CAPTIONS, pd.DataFrame(index=range(3)))
+SIMILARITIES = np.array([[0.9, 0.2, 0.1], [0.3, 0.4, 0.5], [0.0, -0.001, 0.8]])
+TEXT, IMAGE = np.array([[0.0, 0.0], [0.0, 2.0]]), np.array([[3.0, 0.0], [3.0, 2.0]])
+RECALL = pd.DataFrame({"1": [0.3, 0.1], "5": [0.6, 0.2], "10": [0.9, 0.4]}, index=[64, 16])
+FIGURES = {
+    "gallery": lambda: contrastive_plots.gallery(PAIRS, columns=2),
+    "similarity": lambda: contrastive_plots.similarity(SIMILARITIES, PAIRS),
+    "space": lambda: contrastive_plots.space(TEXT, IMAGE, captions=CAPTIONS[:2]),
+    "recall": lambda: contrastive_plots.recall(RECALL, xlabel="batch size", guessing=0.05),
+    "recall by name": lambda: contrastive_plots.recall(RECALL.set_axis(["linear", "mlp"]), xlabel="head"),
+}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Draws a figure and gives its axes, which stay open until the test ends."""
+    seen = []
+
+    def draw(name: str) -> list[plt.Axes]:
+        monkeypatch.setattr(contrastive_plots, "Figure", lambda figure, alt, table: seen.append(figure))
+        FIGURES[name]()
+        return seen[-1].axes
+
+    yield draw
+    plt.close("all")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_nothing_stays_open_and_axes_are_labelled(name, drawn):
+    assert isinstance(FIGURES[name](), plots.Figure)
+    assert not plt.get_fignums()
+    if name != "gallery":
+        ax, *bars = drawn(name)
+        assert ax.get_xlabel() and ax.get_ylabel() and all(bar.get_ylabel() == "cosine" for bar in bars)
+
+
+def test_a_gallery_has_each_picture_over_its_caption(drawn):
+    figure = FIGURES["gallery"]()
+    assert figure.alt == f"Gallery of 3 pictures: {'; '.join(CAPTIONS)}."
+    assert figure.table["caption"].tolist() == CAPTIONS
+    axes = drawn("gallery")
+    assert len(axes) == 4 and not axes[3].images
+    for ax, picture, caption in zip(axes, PAIRS.pictures, CAPTIONS, strict=False):
+        assert np.array_equal(ax.images[0].get_array(), picture)
+        assert ax.texts[0].get_text().replace("\n", " ") == caption
+
+
+def test_titles_of_a_gallery_are_told_and_must_be_as_many():
+    figure = contrastive_plots.gallery(PAIRS, titles=["query", "first", "second"])
+    assert "first: a dog" in figure.alt and figure.table["title"].tolist() == ["query", "first", "second"]
+    with pytest.raises(ValueError, match="2 titles for 3 pictures"):
+        contrastive_plots.gallery(PAIRS, titles=["query", "first"])
+    with pytest.raises(ValueError, match="no pictures"):
+        contrastive_plots.gallery(PAIRS.take(np.zeros(len(PAIRS), dtype=bool)))
+    many = PAIRS.take([0] * 14)
+    assert contrastive_plots.gallery(many).alt.count("a cat") == 12
+    assert "and 2 more" in contrastive_plots.gallery(many).alt
+
+
+def test_a_heat_map_has_texts_by_row_and_pictures_by_column(drawn):
+    figure = FIGURES["similarity"]()
+    assert figure.table.to_numpy().tolist() == SIMILARITIES.tolist()
+    assert figure.table.index.tolist() == figure.table.columns.tolist() == CAPTIONS
+    assert "mean 0.70 with their own picture, 0.18 with the others; 2 of 3 texts are nearest" in figure.alt
+    ax, _ = drawn("similarity")
+    assert [label.get_text() for label in ax.get_yticklabels()] == [CAPTIONS[0], f"{CAPTIONS[1][:31]}…", CAPTIONS[2]]
+    assert [text.get_text() for text in ax.texts[:3]] == ["0.90", "0.20", "0.10"]
+    assert ax.texts[7].get_text() == "0.00"  # not -0.00
+    heads = [artist for artist in ax.artists if isinstance(artist, AnnotationBbox)]
+    assert [head.xy[0] for head in heads] == [0, 1, 2]
+    assert all(np.array_equal(h.offsetbox.get_data(), p) for h, p in zip(heads, PAIRS.pictures, strict=True))
+    assert [patch.get_center().tolist() for patch in ax.patches] == [[i, i] for i in range(3)]
+
+
+def test_a_large_heat_map_has_no_numbers_and_keeps_its_limits(monkeypatch):
+    seen = []
+    monkeypatch.setattr(contrastive_plots, "Figure", lambda figure, alt, table: seen.append(figure))
+    contrastive_plots.similarity(np.eye(9), PAIRS.take([0] * 9), limits=(-1, 2))
+    ax = seen[0].axes[0]
+    assert not ax.texts and ax.images[0].get_clim() == (-1, 2)
+    plt.close("all")
+
+
+def test_similarities_of_other_pairs_are_refused():
+    with pytest.raises(ValueError, match="3 × 3"):
+        contrastive_plots.similarity(np.eye(2), PAIRS)
+
+
+def test_a_projection_keeps_what_lies_in_a_plane():
+    plane = np.linalg.qr(RNG.normal(size=(16, 2)))[0].T
+    text, image = contrastive_plots.project(TEXT @ plane, IMAGE @ plane)
+    assert text.shape == image.shape == (2, 2)
+    assert np.linalg.norm(text - image, axis=1) == pytest.approx([3, 3])
+    assert np.linalg.norm(text[0] - text[1]) == pytest.approx(2)
+    assert np.abs(text[:, 0] - image[:, 0]) == pytest.approx([3, 3])  # the first direction differs most
+
+
+def test_a_map_joins_each_pair(drawn):
+    figure = FIGURES["space"]()
+    assert "2 pairs" in figure.alt and "3.00 apart" in figure.alt
+    assert figure.table.loc[CAPTIONS[1]].tolist() == [0, 2, 3, 2]
+    (ax,) = drawn("space")
+    assert [line.get_xydata().tolist() for line in ax.lines[:2]] == [[[0, 0], [3, 0]], [[0, 2], [3, 2]]]
+    assert ax.get_aspect() == 1
+    with pytest.raises(ValueError, match="1 captions for 2"):
+        contrastive_plots.space(TEXT, IMAGE, captions=["one"])
+    with pytest.raises(ValueError, match="shape"):
+        contrastive_plots.space(TEXT, IMAGE[:1])
+
+
+def test_recall_is_a_line_a_rank_in_the_order_of_the_values(drawn):
+    figure = FIGURES["recall"]()
+    assert figure.table["recall at 5"].to_dict() == {16: 0.2, 64: 0.6}
+    assert "recall at 1: 16 0.10, 64 0.30;" in figure.alt and "guessing, at 5: 0.05" in figure.alt
+    (ax,) = drawn("recall")
+    assert ax.get_xscale() == "log"
+    assert ax.lines[0].get_xydata().tolist() == [[16, 0.1], [64, 0.3]]
+    assert list(ax.lines[3].get_ydata()) == [0.05, 0.05]
+    (ax,) = drawn("recall by name")
+    assert ax.get_xscale() == "linear" and len(ax.lines) == 3
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["linear", "mlp"]

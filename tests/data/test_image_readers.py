@@ -1,0 +1,269 @@
+"""Pictures of a folder and of the hub: what is read, and a file for each fault that is reported."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from ftkit.data import image_readers
+from ftkit.data.image_readers import read_folder, read_hub_images
+from ftkit.errors import DataError
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def save(folder, name, colour=RED, size=(20, 20), mode="RGB", **options):
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    Image.new(mode, size, colour).save(path, **options)
+
+
+def write(folder, *rows, name="captions.csv", header="file,caption"):
+    (folder / name).write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two pictures with a caption each."""
+    save(tmp_path, "a.png", RED)
+    save(tmp_path, "b.png", BLUE)
+    write(tmp_path, "a.png,a red square", "b.png,a blue square")
+    return tmp_path
+
+
+def add(folder, *rows):
+    with (folder / "captions.csv").open("a", encoding="utf-8") as file:
+        file.writelines(f"{row}\n" for row in rows)
+
+
+def test_pairs_are_in_the_order_of_the_rows(folder):
+    save(folder, "deep/c.png", (0, 255, 0))
+    add(folder, "deep/c.png,green", 'a.png,"red, again"')
+    pairs, notes = read_folder(folder, size=16)
+    assert notes == []
+    assert pairs.captions == ["a red square", "a blue square", "green", "red, again"]
+    assert list(pairs.facts["file"]) == ["a.png", "b.png", "deep/c.png", "a.png"]
+    assert pairs.pictures.shape == (4, 16, 16, 3) and pairs.pictures.dtype == np.uint8
+    assert pairs.pictures[:, 8, 8].tolist() == [list(RED), list(BLUE), [0, 255, 0], list(RED)]
+
+
+@pytest.mark.parametrize("header", ["filename,text", "Image,Title", "picture,description", "file_name,text"])
+def test_usual_columns_are_guessed_wherever_they_are(folder, header):
+    write(folder, "x,a.png,one", "y,b.png,two", header=f"id,{header}")
+    assert read_folder(folder)[0].captions == ["one", "two"]
+
+
+def test_columns_and_file_can_be_named(folder):
+    write(folder, "one;a.png;eins", "two;b.png;zwei", header="caption;bild;satz", name="deutsch.csv")
+    with pytest.raises(DataError, match=r"2 \.csv files \(captions.csv, deutsch.csv\): name the one with captions="):
+        read_folder(folder)
+    with pytest.raises(DataError, match="no column 'file', only 'caption', 'bild', 'satz'"):
+        read_folder(folder, "deutsch.csv")
+    pairs, _ = read_folder(folder, "deutsch.csv", image="bild", caption="satz")
+    assert pairs.captions == ["eins", "zwei"]
+    assert len(read_folder(folder, folder / "captions.csv")[0]) == 2
+
+
+def test_every_fault_is_reported_with_count_and_names(folder, monkeypatch):
+    monkeypatch.setattr(image_readers, "MAX_PIXELS", 10_000)
+    (folder / "text.png").write_text("no picture")
+    save(folder, "whole.png", size=(90, 90))
+    cut = (folder / "whole.png").read_bytes()
+    (folder / "cut.png").write_bytes(cut[: len(cut) // 2])
+    save(folder, "huge.png", size=(101, 100))
+    save(folder, "again.bmp", RED)
+    save(folder.parent, f"{folder.name}-outside.png", (1, 2, 3))
+    for i in range(4):
+        save(folder, f"spare{i}.jpg", (i, i, i))
+    add(folder, "text.png,text", "cut.png,cut", "huge.png,huge", "again.bmp,red again", "gone.png,gone", "whole.png,")
+    add(folder, f"../{folder.name}-outside.png,outside", f"{'x' * 999}.png,long", "a.png,a red square")
+    pairs, notes = read_folder(folder)
+    assert pairs.captions == ["a red square", "a blue square"]
+    outside = f"../{folder.name}-outside.png"
+    assert notes == [
+        f"3 files missing left out: gone.png, {outside}, {'x' * 999}.png",
+        "2 unreadable files left out: text.png, cut.png",
+        "1 files of more than 50 megapixels left out: huge.png",
+        "1 duplicate pictures (same pixels as an earlier file) left out: again.bmp",
+        "4 pictures of the folder without a caption left out: spare0.jpg, spare1.jpg, spare2.jpg, …",
+        "1 rows without a caption left out: whole.png",
+        "1 repeated rows left out: a.png",
+    ]
+
+
+def test_oversized_picture_is_not_decoded(folder, monkeypatch):
+    assert image_readers.MAX_PIXELS == 50_000_000
+    save(folder, "huge.png", 0, (10_000, 5_001), mode="1")
+    save(folder, "bomb.png", 0, (20_000, 10_000), mode="1")  # which Pillow itself refuses
+    add(folder, "huge.png,huge", "bomb.png,bomb")
+    loaded, load = [], Image.Image.load
+    monkeypatch.setattr(Image.Image, "load", lambda self: loaded.append(self.size) or load(self))
+    assert "2 files of more than 50 megapixels left out: huge.png, bomb.png" in read_folder(folder)[1]
+    assert max(width for width, _ in loaded) <= 128
+
+
+def test_too_few_pairs_are_refused_with_the_reasons(folder):
+    write(folder, "a.png,a red square", "gone.png,gone", "b.png,")
+    with pytest.raises(DataError, match=r"1 usable pairs .* \(1 files missing left out: gone.png; 1 rows without"):
+        read_folder(folder)
+
+
+def test_folder_without_what_it_needs_is_refused(folder):
+    with pytest.raises(DataError, match=r"no folder .*nowhere"):
+        read_folder(folder / "nowhere")
+    with pytest.raises(DataError, match=r"no file other\.csv"):
+        read_folder(folder, "other.csv")
+    with pytest.raises(DataError, match=r"a\.png is of a type that is not read"):
+        read_folder(folder, "a.png")
+    (folder / "captions.csv").unlink()
+    with pytest.raises(DataError, match=r"no \.csv file: add one with the columns file and caption"):
+        read_folder(folder)
+
+
+def read_one(folder, name):
+    write(folder, f"{name},this", "b.png,blue")
+    return read_folder(folder, size=40)[0].pictures[0].astype(int)
+
+
+def test_picture_is_centred_on_white_without_distortion(folder):
+    save(folder, "wide.png", RED, (80, 40))
+    picture = read_one(folder, "wide.png")
+    assert (picture[:10] == 255).all() and (picture[30:] == 255).all()
+    assert (picture[10:30] == RED).all()
+
+
+def test_orientation_of_the_camera_is_applied(folder):
+    picture = Image.new("RGB", (80, 40), BLUE)
+    picture.paste(RED, (0, 0, 40, 40))  # left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by 90 degrees: left becomes top
+    picture.save(folder / "turned.png", exif=exif)
+    picture = read_one(folder, "turned.png")
+    assert (picture[5, 20] == RED).all() and (picture[35, 20] == BLUE).all() and (picture[20, 2] == WHITE).all()
+
+
+def test_transparency_goes_onto_white(folder):
+    save(folder, "clear.png", (255, 0, 0, 128), mode="RGBA")
+    np.testing.assert_allclose(read_one(folder, "clear.png")[20, 20], [255, 127, 127], atol=1)
+    palette = Image.new("P", (20, 20), 0)
+    palette.putpalette([*BLUE, *RED])
+    palette.save(folder / "palette.gif", transparency=0)
+    assert (read_one(folder, "palette.gif") == 255).all()
+
+
+def test_grey_becomes_rgb(folder):
+    save(folder, "grey.png", 77, mode="L")
+    assert (read_one(folder, "grey.png") == 77).all()
+    Image.fromarray(np.full((20, 20), 77 * 257, dtype=np.uint16)).save(folder / "deep.png")
+    assert (read_one(folder, "deep.png") == 77).all()
+
+
+def test_grey_of_more_bits_is_neither_clipped_nor_black(folder):
+    Image.fromarray(np.full((8, 8), 0.6, dtype=np.float32)).save(folder / "a.tif")
+    Image.fromarray(np.full((8, 8), 200, dtype=np.int32)).save(folder / "dim.tif")
+    Image.fromarray(np.full((8, 8), 25700, dtype=np.int32)).save(folder / "wide.tif")
+    write(folder, "a.tif,floating", "dim.tif,eight bits", "wide.tif,sixteen bits")
+    pairs, notes = read_folder(folder)
+    assert "1 unreadable files left out: a.tif" in notes  # nothing says which of its numbers is white
+    assert pairs.captions == ["eight bits", "sixteen bits"]
+    assert (pairs.pictures[0] == 200).all() and (pairs.pictures[1] == 100).all()
+
+
+def test_a_picture_whose_first_row_is_empty_is_still_read(folder):
+    save(folder, "c.png", RED)
+    write(folder, "a.png,", "c.png,a red square", "b.png,a blue square", "b.png,")
+    pairs, notes = read_folder(folder)
+    assert pairs.captions == ["a red square", "a blue square"]
+    assert notes == ["2 rows without a caption left out: a.png, b.png"]
+
+
+def test_captions_in_another_encoding_are_named(folder):
+    (folder / "captions.csv").write_text("file,caption\na.png,red\n", encoding="utf-16")
+    with pytest.raises(DataError, match="is not a UTF-8 file: save it again as UTF-8"):
+        read_folder(folder)
+
+
+# The hub ----------------------------------------------------------------------------------------------------
+
+
+def png(colour):
+    file = io.BytesIO()
+    Image.new("RGB", (20, 10), colour).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def hub_split(pictures, captions, text=None):
+    features = datasets.Features(id=datasets.Value("int64"), photo=datasets.Image())
+    features["caption"] = text or datasets.Value("string")
+    rows = {"id": range(len(pictures)), "photo": pictures, "caption": captions}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Lets load_dataset return what is in the dictionary, and records its calls."""
+    held = datasets.DatasetDict()
+    calls = []
+    monkeypatch.delenv("FTKIT_OFFLINE", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: calls.append((args, options)) or held)
+    return held, calls
+
+
+def test_hub_splits_become_pairs(hub):
+    held, calls = hub
+    broken = {"bytes": b"no picture", "path": None}
+    held["train"] = hub_split([png(RED), broken, png(BLUE), png(RED), None], ["red", "broken", " blue", "", "none"])
+    held["test"] = hub_split([png(BLUE)], ["sea"])
+    held["extra"] = hub_split([png(BLUE)], ["left out"])
+    splits, notes = read_hub_images("owner/name:config", size=20)
+    assert calls == [(("owner/name", "config"), {})]
+    assert list(splits) == ["train", "test"]
+    assert splits["train"].captions == ["red", "blue"] and splits["test"].captions == ["sea"]
+    assert splits["train"].pictures[:, 10, 10].tolist() == [list(RED), list(BLUE)]
+    assert (splits["train"].pictures[:, 0] == 255).all()
+    assert len(splits["train"].facts) == 2
+    assert notes == [
+        "split 'extra' left out",
+        "pictures from column 'photo', captions from column 'caption'",
+        "2 unreadable rows of train left out",
+        "1 captionless rows of train left out",
+    ]
+
+
+def test_hub_caption_may_be_a_list(hub):
+    text = datasets.List(datasets.Value("string"))
+    hub[0]["train"] = hub_split([png(RED), png(BLUE), png(BLUE)], [["first", "second"], ["sea"], []], text)
+    assert read_hub_images("owner/name")[0]["train"].captions == ["first", "sea"]
+
+
+def test_hub_columns_that_are_not_there_are_refused(hub):
+    hub[0]["train"] = hub_split([png(RED)], ["red"]).rename_column("caption", "satz")
+    with pytest.raises(DataError, match="no usual column of texts, only id, photo, satz: name one with caption="):
+        read_hub_images("owner/name")
+    assert read_hub_images("owner/name", caption="satz")[0]["train"].captions == ["red"]
+    with pytest.raises(DataError, match="no column 'satz' of pictures"):
+        read_hub_images("owner/name", image="satz", caption="satz")
+
+
+def test_hub_without_standard_split_or_usable_row_is_refused(hub):
+    hub[0]["dev"] = hub_split([png(RED)], ["red"])
+    with pytest.raises(DataError, match="has the splits dev, but none of train, validation, test"):
+        read_hub_images("owner/name")
+    hub[0]["train"] = hub_split([png(RED)], [""])
+    with pytest.raises(DataError, match="none of the 1 train rows"):
+        read_hub_images("owner/name")
+
+
+def test_hub_that_does_not_answer_is_one_sentence(monkeypatch):
+    def fail(*args):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.delenv("FTKIT_OFFLINE", raising=False)
+    with pytest.raises(DataError, match=r"^'owner/name' did not load from the hub \(no route\): check name and net"):
+        read_hub_images("owner/name")
+    monkeypatch.setenv("FTKIT_OFFLINE", "1")
+    with pytest.raises(DataError, match="unset FTKIT_OFFLINE"):
+        read_hub_images("owner/name")

@@ -1,0 +1,486 @@
+"""Loading, cleaning, splitting, encoding and padding of texts: real assets, and a tiny file for each fault."""
+
+import functools
+import hashlib
+import json
+from collections import Counter
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer
+
+from ftkit.data import text, text_readers
+from ftkit.data.assets import registry
+from ftkit.errors import DataError
+from ftkit.training.batching import collate
+
+# Assets -----------------------------------------------------------------------------------------------------
+
+SPLITS = ("train", "validation", "test")
+SIZES = {  # train, validation, test
+    "movie-sentiment": (7048, 1008, 2014),
+    "bbc-topics": (1489, 212, 426),
+    "reuters8": (4874, 541, 2189),
+    "chinese-reviews": (12155, 1736, 3472),
+}
+# The first 16 hex digits of the SHA-256 of all texts, in order: the same rows on every machine.
+DIGESTS = {
+    "movie-sentiment": "5065eadba00ecbc7",
+    "bbc-topics": "18d400feaf233efd",
+    "reuters8": "ab31e5780d201e5e",
+    "chinese-reviews": "8f7a8ca006217377",
+}
+every_asset = pytest.mark.parametrize("name", SIZES)
+
+
+@functools.cache
+def load(name: str) -> datasets.DatasetDict:
+    return text.load_text(name)
+
+
+def texts(splits: datasets.DatasetDict) -> list[str]:
+    return [text for split in SPLITS for text in splits[split]["text"]]
+
+
+@every_asset
+def test_asset_has_its_rows_its_labels_and_its_card(name):
+    splits = load(name)
+    assert tuple(splits[split].num_rows for split in SPLITS) == SIZES[name]
+    for split in SPLITS:
+        names = splits[split].features["label"].names
+        assert names == sorted(names)
+        assert set(splits[split]["label"]) == set(range(len(names)))
+    assert splits["train"].info.license == registry.get(name).licence != ""
+    assert splits["test"].info.citation == registry.get(name).citation != ""
+    assert splits["test"].info.description == registry.get(name).description != ""
+
+
+@every_asset
+def test_asset_gives_the_same_rows_everywhere(name):
+    assert hashlib.sha256("\n".join(texts(load(name))).encode()).hexdigest()[:16] == DIGESTS[name]
+
+
+@every_asset
+def test_no_text_straddles_splits(name):
+    sets = [set(load(name)[split]["text"]) for split in SPLITS]
+    assert sum(map(len, sets)) == len(set.union(*sets))
+    assert len(sets[0]) == SIZES[name][0]  # and none comes twice in train
+    assert all(text == text.strip() != "" for text in sets[0])
+
+
+@every_asset
+def test_sizes_nest_and_held_out_rows_do_not_depend_on_them(name, capsys):
+    few = text.load_text(name, train=100, test=50)
+    more = text.load_text(name, train=400, validation=20)
+    assert few["train"]["text"] == load(name)["train"]["text"][:100]
+    assert more["train"]["text"] == load(name)["train"]["text"][:400]
+    assert few["validation"]["text"] == load(name)["validation"]["text"]
+    assert more["validation"]["text"] == load(name)["validation"]["text"][:20]
+    assert few["test"]["text"] == load(name)["test"]["text"][:50]
+    assert f"100 of {SIZES[name][0]:,} train" in capsys.readouterr().out
+
+
+@every_asset
+def test_every_prefix_holds_the_classes_in_their_shares(name):
+    for split in SPLITS:
+        labels = np.array(load(name)[split]["label"])
+        classes = np.unique(labels)
+        counts = np.cumsum(labels[:, None] == classes, axis=0)
+        expected = np.arange(1, len(labels) + 1)[:, None] * (counts[-1] / len(labels))
+        assert np.abs(counts - expected).max() < 4
+
+
+def test_shares_are_70_10_20_in_each_class():
+    counts = {split: Counter(load("bbc-topics")[split]["label"]) for split in SPLITS}
+    for label in range(5):
+        total = sum(counts[split][label] for split in SPLITS)
+        for split, share in zip(SPLITS, (0.7, 0.1, 0.2), strict=True):
+            assert abs(counts[split][label] - share * total) <= 1
+
+
+def test_another_seed_is_another_split_of_the_same_rows():
+    other = text.load_text("bbc-topics", seed=1)
+    assert sorted(texts(other)) == sorted(texts(load("bbc-topics")))
+    assert set(other["test"]["text"]) != set(load("bbc-topics")["test"]["text"])
+
+
+def test_a_published_test_split_stays_whole_whatever_the_seed():
+    published, _, _ = text_readers.read_asset("reuters8")
+    published = sorted(published[published["split"] == "test"]["text"].str.strip())
+    assert sorted(load("reuters8")["test"]["text"]) == published
+    assert sorted(text.load_text("reuters8", seed=1, train=10)["test"]["text"]) == published
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "positive"),
+    [
+        ("movie-sentiment", 10_072, 50),
+        ("product-sentiment", 2_985, 59),
+        ("editorial-sentiment", 2_970, 40),
+        ("tweet-sentiment", 3_432, 68),
+    ],
+)
+def test_sentiment_is_the_sign_of_a_clear_rating(name, rows, positive):
+    table, notes, _ = text_readers.read_asset(name)
+    assert len(table) == rows
+    assert round(100 * (table["label"] == "positive").mean()) == positive
+    assert ((table["rating"] > 0) == (table["label"] == "positive")).all()
+    assert table["rating"].abs().min() >= 0.5
+    assert not table["text"].str.contains(r"&\w+;|&#\d+;").any()
+    assert any("rating nearer to 0" in note for note in notes)
+
+
+def test_articles_of_either_encoding_are_decoded():
+    table, notes, _ = text_readers.read_asset("bbc-topics")
+    assert len(table) == 2225
+    assert table["text"].str.contains("£").sum() > 300
+    assert not table["text"].str.contains("Â£").any()
+    assert "1 of them not UTF-8, decoded as Latin-1" in notes
+
+
+def test_damaged_tweets_are_repaired_and_keep_the_raters_confidence():
+    table, notes, _ = text_readers.read_asset("airline-tweets")
+    assert Counter(table["label"]) == {"negative": 16_186, "neutral": 15_018, "positive": 6_954}
+    assert table["text"].map(str.isascii).all()
+    assert table["text"].str.contains("haven't").sum() > 50
+    assert any("removed from 4,954 texts" in note for note in notes)
+    assert table["confidence"].dropna().between(0, 1).all()
+    assert table["confidence"].isna().sum() == 5460
+
+
+def test_standard_splits_have_the_published_sizes():
+    for name, train, test in (("newsgroups", 11_293, 7_528), ("reuters52", 6_532, 2_568)):
+        table, _, _ = text_readers.read_asset(name)
+        assert Counter(table["split"]) == {"train": train, "test": test}
+
+
+def test_a_class_of_one_training_row_is_said_to_have_no_validation_row(capsys):
+    splits = text.load_text("reuters52", train=5000)
+    platinum = splits["train"].features["label"].str2int("platinum")
+    assert platinum not in splits["validation"]["label"]
+    assert "no validation row for classes of one row: 'platinum' (1)" in capsys.readouterr().out
+
+
+def test_report_counts_every_row(capsys):
+    text.load_text("chinese-reviews", train=1000)
+    assert capsys.readouterr().out == (
+        "chinese-reviews: 35,124 rows read; dropped 1 without text, 225 whose text has several labels, "
+        "17,535 duplicates; 1,000 of 12,155 train / 1,736 validation / 3,472 test\n"
+    )
+    assert sum(SIZES["chinese-reviews"]) == 35_124 - 1 - 225 - 17_535
+
+
+def test_assets_of_other_kinds_and_unknown_names_are_refused():
+    with pytest.raises(DataError, match=r"'emoji' is of kind images.*movie-sentiment"):
+        text.load_text("emoji")
+    with pytest.raises(DataError, match="did you mean 'movie-sentiment'"):
+        text.load_text("movies-sentiment")
+    with pytest.raises(DataError, match="2,014 test rows: test=5000 must be from 1 to 2014"):
+        text.load_text("movie-sentiment", test=5000)
+    with pytest.raises(DataError, match="train=0"):
+        text.load_text("movie-sentiment", train=0)
+
+
+# Files of the reader ----------------------------------------------------------------------------------------
+
+ROWS = [(f"{word} film {i}", label) for i in range(10) for word, label in (("good", "pos"), ("bad", "neg"))]
+
+
+def csv_of(rows, header="text,label", delimiter=",") -> str:
+    return "\n".join([header.replace(",", delimiter), *(delimiter.join(map(str, row)) for row in rows), ""])
+
+
+def write(folder, content: str | bytes, name: str = "reviews.csv"):
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_every_file_type_gives_the_same_rows(tmp_path):
+    frame = pd.DataFrame(ROWS, columns=["text", "label"])
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
+    frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    frame.to_parquet(tmp_path / "a.parquet")
+    loaded = [text.load_text(path) for path in sorted(tmp_path.iterdir())]
+    assert len(loaded) == 4
+    assert {split: loaded[0][split].num_rows for split in SPLITS} == {"train": 14, "validation": 2, "test": 4}
+    assert loaded[0]["train"].features["label"].names == ["neg", "pos"]
+    for other in loaded[1:]:
+        assert all(other[split].to_dict() == loaded[0][split].to_dict() for split in SPLITS)
+
+
+def test_columns_are_guessed_aloud_or_named(tmp_path, capsys):
+    rows = [(i, f"{text} and more", i % 7, label, "x") for i, (text, label) in enumerate(ROWS)]
+    path = write(tmp_path, csv_of(rows, "id,Review,stars_of_ten,Sentiment,note"))
+    guessed = text.load_text(path)
+    out = capsys.readouterr().out
+    assert "texts from column 'Review' (a guess" in out
+    assert "labels from column 'Sentiment' (a guess" in out
+    assert guessed["train"].column_names == ["text", "label", "id", "stars_of_ten", "note"]
+
+    path = write(tmp_path, csv_of(rows, "id,words,n,good,note"))  # no usual name
+    assert text.load_text(path)["train"].to_dict()["text"] == guessed["train"].to_dict()["text"]
+    assert "labels from column 'good'" in capsys.readouterr().out
+
+    text.load_text(path, text="words", label="good")
+    assert "(a guess" not in capsys.readouterr().out
+
+
+def test_a_named_column_takes_the_place_of_one_called_label(tmp_path, capsys):
+    rows = [(text, i % 2, label) for i, (text, label) in enumerate(ROWS)]
+    splits = text.load_text(write(tmp_path, csv_of(rows, "text,label,mood")), label="mood")
+    assert splits["train"].column_names == ["text", "label"]
+    assert splits["train"].features["label"].names == ["neg", "pos"]
+    assert "column 'label' left out" in capsys.readouterr().out
+
+
+def test_delimiter_bom_quotes_newlines_and_scripts(tmp_path, capsys):
+    rows = [('"ein; zwei\ndrei ""vier"" 🙂"', "gut"), *((f"文字 {i}", "坏") for i in range(3))]
+    rows += [(f"text {i}", "gut") for i in range(3)]
+    path = write(tmp_path, "\ufeff" + csv_of(rows, delimiter=";"))
+    splits = text.load_text(path)
+    assert 'ein; zwei\ndrei "vier" 🙂' in texts(splits)
+    assert "文字 2" in texts(splits)
+    assert splits["test"].features["label"].names == ["gut", "坏"]
+    out = capsys.readouterr().out
+    assert "fields separated by ';'" in out
+    assert "(a guess" not in out  # the byte order mark is no part of the first column's name
+
+
+def test_a_stray_quotation_mark_in_a_tsv_swallows_no_row(tmp_path, capsys):
+    rows = [(f'"Wow {i}', "pos") for i in range(4)] + [(f'no" {i}', "neg") for i in range(4)]
+    splits = text.load_text(write(tmp_path, csv_of(rows, delimiter="\t"), "reviews.tsv"))
+    assert sorted(texts(splits)) == sorted(text for text, _ in rows)
+    assert "quotation marks read as part of the text" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([0, 1], ["0", "1"]),
+        ([10, 9], ["9", "10"]),
+        ([True, False], ["False", "True"]),
+        ([1.0, 0.0], ["0", "1"]),
+        ([0.5, -0.5], ["-0.5", "0.5"]),
+    ],
+)
+def test_labels_of_other_types_keep_their_natural_order(tmp_path, labels, names):
+    frame = pd.DataFrame({"text": [f"text {i}" for i in range(8)], "label": labels * 4})
+    frame.to_parquet(tmp_path / "a.parquet")
+    assert text.load_text(tmp_path / "a.parquet")["train"].features["label"].names == names
+
+
+def test_integer_labels_survive_a_missing_one(tmp_path, capsys):
+    frame = pd.DataFrame({"text": [f"text {i}" for i in range(8)], "label": [0, 1] * 4})
+    frame.loc[0, "label"] = None
+    frame.to_parquet(tmp_path / "a.parquet")
+    assert text.load_text(tmp_path / "a.parquet")["train"].features["label"].names == ["0", "1"]
+    assert "dropped 1 without label" in capsys.readouterr().out
+
+
+def test_incomplete_repeated_and_contradictory_rows_are_dropped_and_counted(tmp_path, capsys):
+    extra = [("", "pos"), ("  ", "neg"), ("lone", ""), (" good film 1 ", "pos"), ("odd", "pos"), ("odd", "neg")]
+    splits = text.load_text(write(tmp_path, csv_of(ROWS + extra)))
+    out = capsys.readouterr().out
+    assert "26 rows read; dropped 2 without text, 1 without label, 2 whose text has several labels, 1 dupl" in out
+    assert sorted(texts(splits)) == sorted(text for text, _ in ROWS)
+
+
+def test_splits_of_a_file_are_honoured(tmp_path, capsys):
+    rows = [(*row, "test" if i >= 16 else "train") for i, row in enumerate(ROWS)]
+    rows += [("good film 9", "pos", "train")]  # also in test
+    splits = text.load_text(write(tmp_path, csv_of(rows, "text,label,split")))
+    assert set(splits["test"]["text"]) == {text for text, _ in ROWS[16:]}
+    assert splits["train"].num_rows + splits["validation"].num_rows == 16
+    assert "dropped 1 whose text is held out" in capsys.readouterr().out
+    text.load_text(write(tmp_path, csv_of([(*row, "fold1") for row in ROWS], "text,label,split")))
+    assert "column 'split' left out" in capsys.readouterr().out
+
+
+def test_mixed_values_of_json_become_strings_aloud(tmp_path, capsys):
+    lines = [json.dumps({"text": t, "label": y, "n": i if i % 2 else "x"}) for i, (t, y) in enumerate(ROWS)]
+    splits = text.load_text(write(tmp_path, "\n".join(lines), "a.jsonl"))
+    assert "x" in splits["train"]["n"]
+    assert "column 'n' holds values of several types" in capsys.readouterr().out
+
+
+FAULTS = {
+    "empty": ("", "reviews.csv is empty"),
+    "header only": ("text,label\n", "is empty: it needs a header line and a row"),
+    "no text": (csv_of([("", "a"), ("", "b")]), "none of the 2 rows .* has a text"),
+    "no label": (csv_of([("a", ""), ("b", "")]), "none of the 2 rows .* has a label"),
+    "one class": (csv_of(ROWS[::2]), "needs two classes, and the training rows of .* have only 'pos'"),
+    "small class": (csv_of([*ROWS, ("x", "meh"), ("y", "meh")]), r"too small to split: 'meh' \(2\); give each 3"),
+    "regression": (csv_of([(f"t{i}", i / 7) for i in range(1, 9)]), "8 distinct values in 8 rows, quantities"),
+    "ids": (csv_of([(f"t{i}", i % 300) for i in range(1500)]), "300 distinct values in 1,500 rows"),
+    "ragged": (csv_of([*ROWS, ("well, no", "neg")]), "line 22: 3 fields where the header has 2; put quotes"),
+    "open quote": (csv_of([*ROWS[:4], ('"never closed', "neg"), *ROWS[4:]]), "from line 6: unexpected end of data"),
+    "no header": (csv_of(ROWS[1:], ",".join(ROWS[0])), "lack a header line: 'pos' is a column and a label"),
+    "twin columns": (csv_of([("a", "b")], "text,text"), "two columns of the same name"),
+    "one column": ("text\na\nb\n", "no column of labels beside 'text'"),
+    "latin-1": ("text,label\nfine,a\ncafé,b\n".encode("latin-1"), r"not UTF-8 \(line 3, byte 0xe9\).*iconv -f cp1252"),
+    "utf-16": ("text,label\nfine,a\n".encode("utf-16"), "line 1, byte 0xff.*iconv -f utf-16"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_a_csv_file(tmp_path, fault):
+    content, message = FAULTS[fault]
+    with pytest.raises(DataError, match=message) as caught:
+        text.load_text(write(tmp_path, content))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', "line 2 is no JSON object .Expecting value at column"),
+        ("a.jsonl", '["a", 1]\n', r"line 1 is no JSON object \(\['a', 1\]\)"),
+        ("a.jsonl", "\n", "is empty"),
+        ("a.jsonl", '{"a": 1, "b": 2}\n', "has no column of texts: name one with text="),
+        ("a.jsonl", '{"text": ["a"], "label": 1}\n', "texts of .* are lists or objects"),
+        ("a.jsonl", '{"text": "a", "label": [1, 2]}\n', "labels of .* are lists or objects"),
+        ("a.parquet", "no parquet", "a.parquet is not a Parquet file"),
+        ("a.xlsx", "PK", "is of a type that is not read: save it as one of .csv"),
+    ],
+)
+def test_faults_of_other_files(tmp_path, name, content, message):
+    with pytest.raises(DataError, match=message) as caught:
+        text.load_text(str(write(tmp_path, content, name)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_or_column_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"there is no file reviews\.csv"):
+        text.load_text("reviews.csv")
+    path = write(tmp_path, csv_of(ROWS))
+    with pytest.raises(DataError, match="no column 'lable': it has 'text', 'label', did you mean 'label'"):
+        text.load_text(path, label="lable")
+    with pytest.raises(DataError, match="cannot be both"):
+        text.load_text(path, text="text", label="text")
+
+
+# The hub ----------------------------------------------------------------------------------------------------
+
+
+def hub_split(rows, names=("b", "a")) -> datasets.Dataset:
+    features = datasets.Features(sentence=datasets.Value("string"), label=datasets.ClassLabel(names=list(names)))
+    return datasets.Dataset.from_dict(
+        {"sentence": [t for t, _ in rows], "label": [y for _, y in rows]}, features=features
+    )
+
+
+def test_hub_splits_and_label_names_are_kept(monkeypatch, capsys):
+    calls = []
+    rows = [(f"text {i}", i % 2) for i in range(30)]
+    hub = datasets.DatasetDict(
+        train=hub_split(rows[:20]), validation=hub_split(rows[20:]), test=hub_split([("?", -1)]), extra=hub_split(rows)
+    )
+    monkeypatch.delenv("FTKIT_OFFLINE", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: calls.append((args, options)) or hub)
+    splits = text.load_text("owner/name:config")
+    assert calls == [(("owner/name", "config"), {})]  # in particular no trust_remote_code
+    assert splits["train"].features["label"].names == ["b", "a"]
+    assert set(splits["test"]["text"]) == {text for text, _ in rows[20:]}
+    assert (splits["train"].num_rows, splits["validation"].num_rows) == (18, 2)
+    out = capsys.readouterr().out
+    for said in ("split 'extra' left out", "1 without label", "validation split serves as test", "'sentence'"):
+        assert said in out
+
+
+def test_hub_failures_are_one_line(monkeypatch):
+    def fail(*args):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.delenv("FTKIT_OFFLINE", raising=False)
+    with pytest.raises(DataError, match=r"^'owner/name' did not load from the hub \(no route\): check name and net"):
+        text.load_text("owner/name")
+    monkeypatch.setenv("FTKIT_OFFLINE", "1")
+    with pytest.raises(DataError, match="unset FTKIT_OFFLINE"):
+        text.load_text("owner/name")
+
+
+# Encoding and batches ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(registry.fetch("minilm"))
+
+
+def test_encode_keeps_rows_names_and_order_and_says_what_it_cuts(tokenizer, capsys):
+    splits = text.load_text("movie-sentiment", train=200, validation=20, test=20)
+    capsys.readouterr()
+    encoded = text.encode(splits, tokenizer, max_length=24)
+    assert encoded["train"].features["labels"].names == ["negative", "positive"]
+    assert encoded["train"]["labels"] == splits["train"]["label"]
+    whole = [tokenizer(text)["input_ids"] for text in splits["train"]["text"]]
+    for row, ids in zip(encoded["train"], whole, strict=True):
+        assert row["input_ids"] == (ids if len(ids) <= 24 else [*ids[:23], tokenizer.sep_token_id])
+        assert row["attention_mask"] == [1] * len(row["input_ids"])
+    cut = sum(len(ids) > 24 for ids in whole)
+    assert 0 < cut < 200
+    assert f"texts cut at 24 tokens: {cut} of 200 train, " in capsys.readouterr().out
+    text.encode(splits, tokenizer, max_length=512)
+    assert capsys.readouterr().out == ""
+
+
+def test_encode_refuses_what_the_model_cannot_read(tokenizer):
+    splits = text.load_text("movie-sentiment", train=2, validation=2, test=2)
+    with pytest.raises(DataError, match="max_length=513 is more than the 512 tokens"):
+        text.encode(splits, tokenizer, max_length=513)
+    with pytest.raises(DataError, match="split 'train' has no column 'txt', only text, label, rating"):
+        text.encode(splits, tokenizer, text="txt")
+
+
+def test_collate_pads_like_torch():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = rng.integers(1, 9, size=rng.integers(1, 6))
+        ids = [rng.integers(0, 100, n).tolist() for n in lengths]
+        hidden = [rng.normal(size=(n, 3)) for n in lengths]
+        rows = [
+            {"input_ids": i, "hidden": h, "tensor": torch.tensor(h).bfloat16(), "labels": int(n), "weight": 0.5}
+            for i, h, n in zip(ids, hidden, lengths, strict=True)
+        ]
+        batch = collate(rows, {"input_ids": 7, "labels": -100})
+        expected = pad_sequence([torch.tensor(i) for i in ids], batch_first=True, padding_value=7)
+        assert batch["input_ids"].dtype == torch.int64 and batch["input_ids"].equal(expected)
+        padded = pad_sequence([torch.tensor(h).float() for h in hidden], batch_first=True)
+        assert batch["hidden"].dtype == torch.float32 and batch["hidden"].equal(padded)
+        assert batch["tensor"].dtype == torch.float32 and batch["tensor"].equal(padded.bfloat16().float())
+        assert batch["labels"].dtype == torch.int64 and batch["labels"].tolist() == lengths.tolist()
+        assert batch["weight"].dtype == torch.float32 and batch["weight"].tolist() == [0.5] * len(lengths)
+
+
+def test_collate_pads_token_labels_with_their_own_value():
+    batch = collate([{"labels": [1, 2]}, {"labels": []}], {"labels": -100})
+    assert batch["labels"].tolist() == [[1, 2], [-100, -100]]
+    assert batch["labels"].dtype == torch.int64
+
+
+def test_collate_refuses_strings_and_shapes_that_do_not_fit():
+    with pytest.raises(DataError, match="column 'text' does not hold numbers"):
+        collate([{"text": "a"}], {})
+    with pytest.raises(DataError, match="column 'x' has values of different shapes"):
+        collate([{"x": np.zeros((2, 1))}, {"x": np.zeros((2, 3))}], {})
+    with pytest.raises(DataError, match="different shapes"):
+        collate([{"x": 1}, {"x": [1]}], {})
+
+
+def test_texts_are_cut_between_tokens_for_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
+    texts = ["A fine film, and long, too", "短い映画だ。とても良い", "dull"]
+    rows = datasets.Dataset.from_dict({"text": texts, "label": [0, 1, 0]}, features=features)
+    tokenizer = AutoTokenizer.from_pretrained(registry.fetch("minilm"))
+    short = text.shorten({"train": rows, "test": rows.take(1)}, tokenizer, max_length=3)
+    assert list(short["train"]["text"]) == ["A fine film", texts[1][:3], "dull"]
+    assert short["train"].features == features
+    assert list(short["train"]["label"]) == [0, 1, 0]
+    assert capsys.readouterr().out == "texts cut after 3 tokens: 2 of 3 train, 1 of 1 test\n"

@@ -1,0 +1,511 @@
+"""Every panel without a browser: all controls through their bounds and choices, runs kept, stopped, failed, compared.
+
+What a kernel shows is asked of real kernels.
+"""
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import ipywidgets
+import nbformat
+import numpy as np
+import pytest
+from bs4 import BeautifulSoup
+from jupyter_client.manager import start_new_kernel
+from nbclient import NotebookClient
+from tiny_bert import make_rows, make_tiny_bert
+
+from ftkit import TIERS
+from ftkit.errors import SettingsError
+from ftkit.lab import results, settings
+from ftkit.lab.results import Outcome
+from ftkit.lab.schema import NotebookSettings, Parameter, setting
+from ftkit.lab.settings import FullFineTuning
+from ftkit.lab.widgets.controls import make_controls
+from ftkit.lab.widgets.panel import Panel, panel
+from ftkit.metrics import Evaluation
+from ftkit.training.callbacks import Callback
+from ftkit.training.loop import evaluate, fit
+from ftkit.training.state import History, TrainingRun, TrainSettings
+
+SCHEMAS = [item for item in vars(settings).values() if isinstance(item, type) and hasattr(item, "NOTEBOOK")]
+LABELS = np.arange(40) % 2
+
+
+class EveryKind(NotebookSettings):
+    """Settings of the kinds that no notebook has yet, and no seed."""
+
+    NOTEBOOK: ClassVar = "99_every_kind"
+    PANEL: ClassVar = ("share", "name", "count", "rates", "layers")
+
+    share: float = setting("a share", 0.5, between=(0, 1))
+    name: str | None = setting("a text that may be missing", None)
+    count: int | None = setting("a whole number that may be missing", None, between=(1, 9))
+    rates: list[float] = setting("some numbers", [0.1, 1e-5])
+    layers: int = setting("on a slider", 3, between=(0, 12), unit="layers")
+
+
+def evaluation(wrong: int = 0, rows: int = len(LABELS)) -> Evaluation:
+    """Of ``rows`` rows, the first ``wrong`` of them misclassified."""
+    labels = LABELS[:rows]
+    answers = np.where(np.arange(rows) < wrong, 1 - labels, labels)
+    return Evaluation(labels, np.eye(2)[answers], loss=0.5)
+
+
+def fake_train(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
+    """Takes no time and no step."""
+    history = History(trainable_parameters=1234, seconds=0.5, peak_rss_mib=100.0)
+    return Outcome(seed, history, {"test": evaluation(wrong=4)})
+
+
+def tiny_train(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
+    """A real training, of a tiny network; 12 steps an epoch."""
+    network, rows = make_tiny_bert(), {"train": make_rows(90), "validation": make_rows(40, seed=1)}
+    how = TrainSettings(lr=settings.lr, num_epochs=settings.num_epochs, batch_size=8, seed=seed)
+    history = fit(network, rows, how, callbacks=callbacks)
+    return Outcome(seed, history, {"validation": evaluate(network, rows["validation"])})
+
+
+def train(panel: Panel) -> None:
+    """Press Train and wait."""
+    panel.train_button.click()
+    panel.thread.join(timeout=60)
+    assert not panel.thread.is_alive()
+    assert not panel.train_button.disabled
+    assert panel.stop_button.disabled
+
+
+def told(widget: ipywidgets.HTML) -> str:
+    return BeautifulSoup(widget.value, "html.parser").get_text(" ")
+
+
+def role(panel: Panel) -> str | None:
+    return BeautifulSoup(panel.curve.status.value, "html.parser").div.get("role")
+
+
+def rows_of(panel: Panel) -> list[dict[str, str]]:
+    """The table, a dict a row by column."""
+    table = BeautifulSoup(panel.table.value, "html.parser").table
+    if table is None:
+        return []
+    heads = [cell.text for cell in table.select("thead th")]
+    rows = [[cell.text for cell in row.select("th, td")] for row in table.select("tbody tr")]
+    return [dict(zip(heads, row, strict=True)) for row in rows]
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """In a folder of its own, and failing on what ipywidgets would only log: an exception in a handler."""
+    monkeypatch.chdir(tmp_path)
+    lost: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", lost.append)
+    yield
+    assert not lost
+    assert not [record.message for record in caplog.get_records("call") if record.levelno >= logging.WARNING]
+
+
+def ends_and_choices(parameter: Parameter, widget: ipywidgets.ValueWidget) -> list[tuple[Any, Any]]:
+    """What a control can be set to that is worth a try, each with the value that the settings shall have then."""
+    low, high = parameter.low, parameter.high
+    if isinstance(widget, ipywidgets.Dropdown):
+        return [(choice, choice) for choice in parameter.choices]
+    if isinstance(widget, ipywidgets.Checkbox):
+        return [(True, True), (False, False)]
+    if isinstance(widget, ipywidgets.SelectionSlider):
+        places = [place for _, place in widget.options]
+        assert places[0] == low < places[-1] == high
+        assert places == sorted(places)
+        assert len(places) >= 12
+        return [(place, place) for place in places[:: len(places) - 1] + places[3:12:4]]
+    if isinstance(widget, ipywidgets.Text):
+        return [(text, text.split(", ") if parameter.kind == "list" else text) for text in ("0.25, 4", "5", "five")]
+    assert isinstance(widget, ipywidgets.IntSlider | ipywidgets.BoundedIntText)
+    return [(widget.min, low), (widget.max, high)]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("schema", [*SCHEMAS, EveryKind], ids=lambda schema: schema.NOTEBOOK)
+def test_every_control_of_every_panel_goes_through_its_bounds_and_choices(
+    schema: type[NotebookSettings], tier: str
+) -> None:
+    start = schema.at(tier)
+    panel = Panel(start, fake_train)
+    assert list(panel.controls) == list(schema.PANEL)
+    for name, control in panel.controls.items():
+        widget, parameter = control.widget, control.parameter
+        assert widget.description == name
+        assert {
+            parameter.help in widget.tooltip,
+            parameter.allowed in widget.tooltip,
+            parameter.unit in widget.tooltip,
+        } == {True}
+        for shown, value in ends_and_choices(parameter, widget):
+            widget.value = shown
+            already = len(panel.runs)
+            try:
+                expected = start.changed(**{name: value})
+            except SettingsError as refusal:  # a text that means nothing here
+                panel.train_button.click()
+                assert (told(panel.curve.status), role(panel)) == (str(refusal), "alert")
+                assert len(panel.runs) == already
+            else:
+                train(panel)
+                assert panel.runs[-1].settings == expected
+                assert [row["run"] for row in rows_of(panel)] == [str(i + 1) for i in range(already + 1)]
+        panel.reset_button.click()
+    train(panel)
+    assert panel.runs[-1].settings == start
+
+
+def test_there_is_a_panel_to_test() -> None:
+    assert FullFineTuning in SCHEMAS
+
+
+def test_a_start_that_no_slider_can_show_is_kept_to_the_last_digit() -> None:
+    start = FullFineTuning.at("smoke", lr=1.2345e-4, warmup=1 / 3)
+    panel = Panel(start, fake_train)
+    train(panel)
+    assert panel.runs[0].settings == start
+    for name in ("lr", "warmup"):
+        widget = panel.controls[name].widget
+        assert [value for _, value in widget.options].count(widget.value) == 1
+        widget.value = 0.1
+    panel.reset_button.click()
+    train(panel)
+    assert panel.runs[1].settings == start
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.NOTEBOOK)
+def test_a_browser_leaves_the_start_of_every_slider_where_it_is(schema: type[NotebookSettings]) -> None:
+    """It sends a slider's nearest step back as soon as it has drawn it; an option's index is a step."""
+    for control in make_controls(schema.at("cpu")).values():
+        widget = control.widget
+        assert not isinstance(widget, ipywidgets.FloatSlider | ipywidgets.FloatLogSlider)
+        if isinstance(widget, ipywidgets.SelectionSlider):
+            widget.set_state({"index": widget.index})
+            assert control.value == getattr(schema.at("cpu"), control.parameter.name)
+
+
+def test_text_controls_take_lists_and_nothing() -> None:
+    controls = make_controls(EveryKind.at("cpu", name="x"))
+    assert controls["rates"].widget.value == "0.1, 1e-05"
+    assert controls["count"].value is None
+    controls["name"].widget.value = " "
+    controls["rates"].widget.value = "3,"
+    assert controls["name"].value is None
+    assert controls["rates"].value == ["3"]
+
+
+def test_a_run_shows_its_curve_and_joins_table_and_ledger(tmp_path: Path) -> None:
+    start = FullFineTuning.at("smoke", num_seeds=2, num_epochs=2, seed=3)
+    panel = Panel(start, tiny_train)
+    assert "No run yet" in told(panel.table)
+    panel.controls["lr"].widget.value = 1e-3
+    train(panel)
+
+    image = BeautifulSoup(panel.curve.picture.value, "html.parser").img
+    assert image["src"].startswith("data:image/png;base64,")
+    assert re.search(r"seed 4 \(2 of 2\): loss \d\.\d{3} at step 24 of 24, validation accuracy \d\.\d{3}", image["alt"])
+    assert (told(panel.curve.status), role(panel)) == ("Run 1 finished.", "status")
+
+    run = panel.runs[0]
+    (row,) = rows_of(panel)
+    low, high = run.entry["ci95"]
+    assert row["settings"] == "lr 0.001"
+    assert row["accuracy on validation"] == f"{np.mean([e.accuracy for e in run.evaluations]):.3f}"
+    assert row["95 % interval"] == f"{low:.3f} to {high:.3f}"
+    assert row["trainable parameters"] == f"{run.outcomes[0].history.trainable_parameters:,}"
+    assert float(row["seconds a seed"]) > 0
+    assert int(row["peak memory (MiB)"].replace(",", "")) > 100
+    assert (row["seeds"], row["ended"]) == ("2", "finished")
+
+    (entry,) = results.read(tmp_path / "runs" / "ledger.jsonl")
+    assert entry["parameters"] == {"lr": 1e-3, "num_epochs": 2, "seed": 3, "num_seeds": 2}
+    assert entry["settings"] == run.settings.model_dump()
+    assert entry["metrics"]["panel"] == json.loads(json.dumps(run.entry)) | {"split": "validation"}
+    assert (entry["source"], entry["notebook"], entry["tier"]) == ("panel", FullFineTuning.NOTEBOOK, "smoke")
+    assert (entry["error"], entry["ended"]) == (None, "finished")
+    assert entry["seconds"] > 0
+    assert entry["peak_rss_mib"] > 100
+    assert re.search(r"[+-]\d\d:\d\d$", entry["started"])
+
+
+class Press(Callback):
+    """A reader who presses Stop after a step (0: before the first) of the n-th seed."""
+
+    def __init__(self, panel: Panel, step: int, nth: int = 1) -> None:
+        self.panel, self.step, self.nth, self.seeds = panel, step, nth, 0
+
+    def on_start(self, run: TrainingRun) -> None:
+        self.seeds += 1
+        if self.step == 0:
+            self.on_step(run)
+
+    def on_step(self, run: TrainingRun) -> None:
+        if (self.seeds, run.step) == (self.nth, self.step):
+            self.panel.stop_button.click()
+
+
+@pytest.mark.parametrize(
+    ("step", "nth", "taken", "ended"),
+    [
+        (5, 1, [5], "stopped at step 5 of 24, seed 1 of 3"),
+        (12, 2, [24, 12], "stopped at step 12 of 24, seed 2 of 3"),
+        (24, 1, [24], "stopped after 1 of 3 seeds"),
+        (0, 2, [24], "stopped after 1 of 3 seeds"),
+    ],
+)
+def test_stop_ends_within_one_step_and_keeps_the_run(
+    tmp_path: Path, step: int, nth: int, taken: list[int], ended: str
+) -> None:
+    def pressed(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
+        return tiny_train(settings, seed, [press, *callbacks])
+
+    panel = Panel(FullFineTuning.at("smoke", num_epochs=2, num_seeds=3), pressed)
+    press = Press(panel, step, nth)
+    train(panel)
+    assert [len(outcome.history.steps) for outcome in panel.runs[0].outcomes] == taken
+    assert rows_of(panel)[0]["ended"] == ended
+    assert rows_of(panel)[0]["seeds"] == str(len(taken))
+    assert told(panel.curve.status) == f"Run 1 {ended}."
+    (entry,) = results.read(tmp_path / "runs" / "ledger.jsonl")
+    assert (entry["ended"], entry["error"]) == ("stopped", None)
+    assert len(entry["metrics"]["panel"]["by_seed"]) == len(taken)
+
+    press.step = -1
+    train(panel)
+    assert rows_of(panel)[1]["ended"] == "finished"
+
+
+def test_stop_before_the_first_step_has_nothing_to_keep(tmp_path: Path) -> None:
+    def pressed(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
+        panel.stop_button.click()
+        return tiny_train(settings, seed, callbacks)
+
+    panel = Panel(FullFineTuning.at("smoke", num_seeds=3), pressed)
+    train(panel)
+    assert "nothing to keep" in told(panel.curve.status)
+    assert rows_of(panel) == panel.runs == results.read(tmp_path / "runs" / "ledger.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("The loss is <nan>; try lr=1e-5.\nmore"), "The loss is <nan>; try lr=1e-5."),
+        (ValueError("can't be"), "can't be"),
+        (KeyError("labels"), "KeyError: 'labels'"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_a_failed_run_says_so_in_a_line_and_the_panel_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], error: Exception, line: str
+) -> None:
+    def failing(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
+        if seed == 1 + len(panel.runs):
+            raise error
+        return fake_train(settings, seed, callbacks)
+
+    panel = Panel(FullFineTuning.at("smoke", seed=1, num_seeds=2), failing)
+    train(panel)
+    assert (told(panel.curve.status), role(panel), panel.runs) == (line, "alert", [])
+    panel.controls["seed"].widget.value = 0
+    train(panel)  # fails in its second seed: the first is kept
+    assert told(panel.curve.status) == line
+    assert rows_of(panel)[0]["ended"] == f"failed after 1 of 2 seeds: {line}"
+    train(panel)
+    assert rows_of(panel)[1]["ended"] == "finished"
+    entries = results.read(tmp_path / "runs" / "ledger.jsonl")
+    assert [(entry["error"], entry["ended"]) for entry in entries] == [(line, "failed")] * 2 + [(None, "finished")]
+    assert entries[0]["metrics"] == {}
+    assert entries[1]["metrics"]["panel"]["seeds"] == [0]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_ledger_that_cannot_be_written_costs_no_run(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where the folder should be", encoding="utf-8")
+    panel = Panel(FullFineTuning.at("smoke"), fake_train)
+    train(panel)
+    assert len(rows_of(panel)) == 1
+    assert role(panel) == "alert"
+    assert "runs" in told(panel.curve.status)
+
+
+def test_two_panels_do_not_train_at_once() -> None:
+    going, go = threading.Event(), threading.Event()
+
+    def waiting(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
+        going.set()
+        assert go.wait(60)
+        return tiny_train(settings, seed, callbacks)
+
+    one, other = (Panel(FullFineTuning.at("smoke", num_seeds=2), waiting) for _ in range(2))
+    one.train_button.click()
+    assert going.wait(60)
+    assert one.train_button.disabled
+    assert not one.stop_button.disabled
+    other.train_button.click()
+    assert (role(other), other.thread) == ("alert", None)
+    other.stop_button.click()  # the reader may no longer have the first one before their eyes
+    go.set()
+    one.thread.join(60)
+    assert "nothing to keep" in told(one.curve.status)
+    train(other)
+    assert len(other.runs) == 1
+
+
+def test_further_figures_have_columns_means_over_the_seeds() -> None:
+    def measuring(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
+        figures = {"weight_distance": 0.25 + seed} if settings.num_epochs == 2 else {}
+        return Outcome(seed, History(), {"test": evaluation()}, figures)
+
+    panel = Panel(FullFineTuning.at("smoke", num_seeds=2), measuring)
+    for num_epochs in (1, 2):
+        panel.controls["num_epochs"].widget.value = num_epochs
+        train(panel)
+    assert [row["weight distance"] for row in rows_of(panel)] == ["–", "0.750"]
+    assert panel.runs[1].entry["weight_distance"] == 0.75
+
+
+def test_a_seed_may_have_several_trainings() -> None:
+    def two_tasks(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
+        tiny_train(settings, seed, callbacks)
+        return tiny_train(settings, seed, callbacks)
+
+    panel = Panel(FullFineTuning.at("smoke"), two_tasks)
+    said = []
+    panel.curve.status.observe(lambda change: said.append(told(panel.curve.status)), "value")
+    train(panel)
+    assert panel.curve.total_steps == 24
+    assert any("step 12 of 12" in text for text in said)
+    assert any("step 24 of 24" in text for text in said)
+    train(panel)
+    assert panel.curve.total_steps == 24  # begun anew
+
+
+def test_two_runs_are_compared() -> None:
+    def scoring(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
+        wrong = {1: 30, 2: 2, 3: 2}.get(settings.num_epochs, 10)
+        return Outcome(seed, History(), {"test": evaluation(wrong, rows=settings.batch_size)})
+
+    panel = Panel(FullFineTuning.at("smoke", num_seeds=2, batch_size=40), scoring)
+
+    def run(**changes: Any) -> None:
+        for name, value in changes.items():
+            panel.controls[name].widget.value = value
+        train(panel)
+
+    run()
+    assert panel._pair.layout.display == "none"
+    run(num_epochs=2)
+    assert panel._pair.layout.display != "none"
+    assert panel.first.options == (("1: num_epochs 1", 0), ("2: num_epochs 2", 1))
+    assert (panel.first.description, panel.second.description) == ("compare run", "with run")
+    assert "Run 2 has num_epochs 2; run 1 has num_epochs 1." in told(panel.comparison)
+    interval = r"Run 2 is better than run 1: accuracy on test \+0\.700, 95 % interval \+0\.5\d+ to \+0\.8\d+ "
+    assert re.search(interval + r"\(paired, 2 seeds\)", told(panel.comparison)), told(panel.comparison)
+    panel.first.value, panel.second.value = 0, 1
+    assert "Run 1 is worse than run 2: accuracy on test -0.700" in told(panel.comparison)
+
+    run(num_epochs=3)  # the new run beside the one that was chosen
+    assert (panel.first.value, panel.second.value) == (2, 1)
+    assert "Run 3 can't be told from run 2: accuracy on test +0.000" in told(panel.comparison)
+    assert [row["settings"] for row in rows_of(panel)] == [f"num_epochs {n}" for n in (1, 2, 3)]
+
+    run(num_seeds=1)
+    assert told(panel.comparison).endswith("can't be paired: the number of seeds is 1 in run 4 and 2 in run 2.")
+    run(num_seeds=2, batch_size=20)
+    assert "different rows" in told(panel.comparison)
+    run()
+    panel.second.value = 4
+    assert "No setting differs." in told(panel.comparison)
+    panel.second.value = 5
+    assert told(panel.comparison) == "Choose two different runs."
+
+
+CELLS = (
+    """
+from ftkit.callbacks import History
+from ftkit.results import Outcome
+from ftkit.settings import FullFineTuning
+from ftkit.widgets import panel
+settings = FullFineTuning.at("smoke")
+panel(settings, None)
+""",
+    "print(6 * 7)",
+)
+
+
+def check_picture(outputs: list[Any]) -> None:
+    """That there is a still panel, which needs no widget."""
+    (output,) = outputs
+    assert set(output["data"]) == {"text/plain", "text/html"}
+    assert output["data"]["text/plain"].startswith("[control panel: lr 0.0001, schedule linear, ")
+    table = BeautifulSoup(output["data"]["text/html"], "html.parser").table
+    rows = {row.th.text: [cell.text for cell in row.select("td")] for row in table.select("tbody tr")}
+    assert list(rows) == list(FullFineTuning.PANEL)
+    assert rows["rows"] == ["64", "2 to 1,000,000 rows", "training rows of each seed"]
+    assert rows["schedule"][1] == "linear, cosine, constant"
+    assert "JupyterLab" in table.caption.text
+
+
+def test_executed_with_nobody_there_a_picture_stands_in() -> None:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    assert "widgets" not in notebook.metadata
+    check_picture(notebook.cells[0].outputs)
+    assert notebook.cells[1].outputs[0].text == "42\n"
+
+
+def test_under_nbval_a_picture_stands_in(tmp_path: Path) -> None:
+    """nbval compares with what is committed: the picture."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    nbformat.write(notebook, tmp_path / "with_panel.ipynb")
+    command = [sys.executable, "-m", "pytest", "--nbval", "-q", "-p", "no:cacheprovider", "with_panel.ipynb"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "2 passed" in done.stdout, done.stdout
+
+
+def test_a_person_gets_the_panel_and_the_kernel_stays_free() -> None:
+    train = """
+import threading, time
+going = threading.Event()
+def train(settings, seed, callbacks):
+    going.wait(60)
+    raise RuntimeError("enough")
+shown = panel(settings, train)
+shown
+"""
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        shown: list[dict[str, Any]] = []
+
+        def run(cell: str) -> str:
+            """Send a cell as JupyterLab does; the text it printed."""
+            shown.clear()
+            answer = client.execute_interactive(cell, allow_stdin=True, timeout=120, output_hook=shown.append)
+            assert answer["content"]["status"] == "ok", answer["content"]
+            assert not [message for message in shown if message["content"].get("name") == "stderr"]
+            return "".join(message["content"].get("text", "") for message in shown)
+
+        run(CELLS[0])
+        run(train)
+        (result,) = [message["content"]["data"] for message in shown if message["msg_type"] == "execute_result"]
+        assert "application/vnd.jupyter.widget-view+json" in result
+        run("shown.train_button.click()")
+        assert run("print(shown.thread.is_alive())") == "True\n"
+        assert run("going.set(); shown.thread.join(); print(shown.curve.status.value)").count("enough") == 1
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def test_without_a_kernel_nobody_is_there() -> None:
+    assert "lr" in repr(panel(FullFineTuning.at("smoke"), fake_train))

@@ -1,0 +1,127 @@
+"""The chat box and the playground, with a tiny random language model that has smollm2's tokenizer."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from ftkit.data.assets.registry import fetch
+from ftkit.lab.widgets import playground as rooms
+from ftkit.lab.widgets.display import Still
+from ftkit.lab.widgets.playground import ChatBox, Playground, chat_box, playground
+from ftkit.models.generation import generate
+from ftkit.prompting.scoring import score, to_evaluation
+from ftkit.prompting.templates import Template, Verbalizer, encode_prompts
+
+TEMPLATE = Template("Review: {text}\nSentiment:")
+VERBALIZER = Verbalizer({"negative": " bad", "positive": [" good", " great"]})
+ROWS = [{"text": text, "label": label} for text, label in (("Fine <b>!", 1), ("Dull.", 0), ("Good fun", 1), ("No", 0))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(fetch("smollm2"), model_max_length=512)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **size)).eval()
+
+
+@pytest.fixture
+def somebody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms, "somebody_is_there", lambda: True)
+
+
+def answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, turns: list[dict], **how: float) -> str:
+    return "".join(generate(model, tokenizer, turns, max_new_tokens=12, **how))
+
+
+def send(box: ChatBox) -> None:
+    box.send_button.click()
+    if box.thread:
+        box.thread.join()
+
+
+def test_nobody_sees_the_most_probable_answer(model, tokenizer) -> None:
+    still = chat_box(model, tokenizer, opening="Hello", max_new_tokens=12)
+    assert isinstance(still, Still)
+    said = answer(model, tokenizer, [{"role": "user", "content": "Hello"}])
+    box = ChatBox(model, tokenizer, "Hello", 12)
+    box.temperature.value = 0
+    send(box)
+    assert box.turns == [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": said}]
+    assert box.conversation.value in still._repr_html_()
+    assert "widget" not in still._repr_html_() and "JupyterLab" in still._repr_html_()
+
+
+@pytest.mark.usefixtures("somebody")
+def test_a_chat_goes_on_from_what_was_said(model, tokenizer) -> None:
+    box = chat_box(model, tokenizer, opening="Hello", max_new_tokens=12)
+    send(box)
+    assert box.message.value == ""
+    box.message.value = "<b>Why?</b>"
+    send(box)
+    assert [turn["role"] for turn in box.turns] == ["user", "assistant"] * 2
+    assert box.turns[3]["content"] == answer(model, tokenizer, box.turns[:3], temperature=0.7, seed=2)
+    assert "&lt;b&gt;Why?" in box.conversation.value
+    box.clear_button.click()
+    assert (box.turns, box.conversation.value) == ([], "")
+
+
+def test_a_stopped_answer_keeps_its_beginning(model, tokenizer, monkeypatch) -> None:
+    box = ChatBox(model, tokenizer, "Hello", 12)
+
+    def pieces(*args, **kwargs):
+        yield "one "
+        box.stop_button.click()
+        yield "two "
+
+    monkeypatch.setattr(rooms, "generate", pieces)
+    send(box)
+    assert box.turns[-1]["content"] == "one "
+    assert not box.send_button.disabled and box.stop_button.disabled
+
+
+def test_an_empty_message_and_one_too_long_are_refused_in_words(model, tokenizer) -> None:
+    box = ChatBox(model, tokenizer, "  ", 12)
+    send(box)
+    assert "Write something" in box.status.value
+    box.message.value = "word " * 600
+    send(box)
+    assert "window of 512: give fewer" in box.status.value
+    assert box.turns == [] and not box.send_button.disabled
+    assert box.message.value.startswith("word")  # what was written is not lost
+
+
+def test_the_playground_shows_what_the_prompt_scores(model, tokenizer) -> None:
+    how = {"pool": ROWS, "template": TEMPLATE, "verbalizer": VERBALIZER}
+    still = playground(model, tokenizer, ROWS, **how)
+    encoded, words = encode_prompts(ROWS, TEMPLATE, VERBALIZER, tokenizer)
+    evaluation = to_evaluation(score(model, encoded, words), encoded["labels"])
+    shown = still._repr_html_()
+    assert f"{evaluation.correct.sum()} of 4 rows right" in shown
+    assert "Review: Fine &lt;b&gt;!" in shown
+    for p in evaluation.probabilities[0]:
+        assert f"<td>{p:.3f}</td>" in shown
+
+
+@pytest.mark.usefixtures("somebody")
+def test_the_playground_says_what_is_wrong_with_a_template(model, tokenizer) -> None:
+    shown = playground(model, tokenizer, ROWS, pool=ROWS, template=TEMPLATE, verbalizer=VERBALIZER)
+    assert isinstance(shown, Playground)
+    shown.template.value = "Review: {txt}"
+    shown.ask_button.click()
+    shown.thread.join()
+    assert "no column &#x27;txt&#x27;" in shown.status.value
+    shown.template.value, shown.examples.value = "{text} It was", 2
+    shown.words["positive"].value = " great| fine"
+    shown.ask_button.click()
+    shown.thread.join()
+    assert shown.status.value == ""
+    assert shown.result.value.count(" It was") == 3
+    flat = shown.result.value
+    shown.temperature.value = 0.1
+    shown.ask()
+    assert shown.result.value != flat

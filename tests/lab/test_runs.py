@@ -1,0 +1,377 @@
+"""Executing notebooks, their results, and the report; on tiny notebooks, nothing is trained."""
+
+import base64
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import psutil
+import pytest
+from bs4 import BeautifulSoup
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from ftkit.lab import results
+from ftkit.lab.results import format_table, results_table, save_metrics
+from ftkit.lab.runs.notebooks import Run, find_notebook, parameters_help, run_notebook
+from ftkit.lab.runs.report import write_report
+from ftkit.lab.settings import FullFineTuning
+
+PARAMETERS = 'lr: float = 1e-4  # step size (eta = lr)\ndata: str | None = None\ntier: str = "cpu"'
+METRICS = {
+    "majority": {"accuracy": 0.5, "ci95": None, "seeds": [0], "trainable_parameters": 0},
+    "linear_probe": {
+        "accuracy": np.float64(0.65),
+        "ci95": (0.62, 0.68),
+        "seeds": [0, 1, 2],
+        "trainable_parameters": np.int64(12770),
+        "seconds": 12.34,
+        "peak_rss_mib": np.float32(1812.5),
+    },
+}
+IDEA = r"""## The idea
+The loss $\ln C$, an inline `$HOME`, and $a < b$:
+
+$$\mathcal{L} = -\frac{1}{N}\sum_i \log p(y_i \mid x_i)$$
+
+```python
+price = "$x$"
+```
+$\nosuchcommand{x}$ ![far away](https://example.org/far.png) ![near](near.png) [paper](https://example.org)
+
+<script src="https://example.org/x.js"></script>
+"""
+OUTPUTS = """
+import os, sys, pathlib
+import ipywidgets, pandas
+from IPython.display import HTML, Image, Javascript, display
+from ftkit.results import results_table, save_metrics
+save_metrics({"lr": lr, "tier": tier}, {"full": {"accuracy": 0.8125, "ci95": [0.78, 0.84], "seeds": [0, 1]}})
+print("lr is", lr, "at", tier, "from", sys.executable, "in", os.getcwd(), pathlib.Path.home() / "x")
+print("step 1\\rstep 2", file=sys.stderr)
+display(Image(data=__import__("base64").b64decode(PIXEL), format="png", metadata={"alt": "a pixel"}))
+display(ipywidgets.IntSlider(), Javascript("fetch('https://example.org')"))
+display(HTML('<iframe src="https://example.org"></iframe><link rel="stylesheet" href="https://example.org/a.css">'))
+pandas.DataFrame({"sentence": ["a film"]})
+"""
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNg+M9QDwADgQGAl5sDlwAAAABJRU5ErkJggg=="
+
+
+def write_notebook(path: Path, *cells: str) -> Path:
+    """A notebook of code cells (Markdown where they begin with #␠) below a title and a `parameters` cell."""
+    parameters = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+    made = [new_markdown_cell("# A tiny notebook"), parameters]
+    made += [new_markdown_cell(c) if re.match("#+ ", c) else new_code_cell(c) for c in cells]
+    nbformat.write(new_notebook(cells=made), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Run:
+    """A run that finished, with its report; it has all that a report must cope with."""
+    (folder / "near.png").write_bytes(base64.b64decode(PIXEL))
+    notebook = write_notebook(folder / "tiny.ipynb", IDEA, f"PIXEL = {PIXEL!r}\n{OUTPUTS}", "", "# Again a title")
+    other = folder / "jupyter" / "kernels" / "python3"  # a kernelspec of another interpreter, found before ours
+    other.mkdir(parents=True)
+    spec = {"argv": ["no-such-python", "{connection_file}"], "display_name": "other", "language": "python"}
+    (other / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
+        return run_notebook(notebook, {"lr": 3e-4}, tier="smoke", out=folder / "out", html=True, progress=False)
+
+
+@pytest.fixture(scope="module")
+def page(run: Run) -> BeautifulSoup:
+    return BeautifulSoup(run.report.read_text(encoding="utf-8"), "html.parser")
+
+
+@pytest.fixture(scope="module")
+def failed(folder: Path) -> Run:
+    cells = ("## Before", "print('so far')", "## The cause", "{}['nothing']", "## Takeaways", "print('later')")
+    return run_notebook(write_notebook(folder / "fails.ipynb", *cells), out=folder / "out", html=True)
+
+
+def test_parameters_tier_and_interpreter_reach_the_notebook(run: Run) -> None:
+    text = run.executed.read_text(encoding="utf-8")
+    assert f"lr is 0.0003 at smoke from {sys.executable} in {Path.cwd()}" in text
+    assert run.error is None
+    assert run.changed == {"lr": (1e-4, 3e-4)}
+    assert run.settings == {"lr": 3e-4, "tier": "smoke"}
+    assert run.metrics["full"]["accuracy"] == 0.8125
+    assert 20 < run.peak_rss_mib < 2000
+    assert {path.name for path in run.folder.iterdir()} == {"notebook.ipynb", "metrics.json", "report.html"}
+
+
+def entry_of(run: Run) -> dict:
+    (entry,) = [entry for entry in results.read(run.folder.parent / results.NAME) if entry["id"] == run.id]
+    return entry
+
+
+def test_every_run_is_in_the_ledger(run: Run, failed: Run) -> None:
+    entry = entry_of(run)
+    assert entry.pop("peak_rss_mib") == run.peak_rss_mib
+    assert entry == {
+        "id": run.id,
+        "source": "run",
+        "notebook": "tiny",
+        "tier": "smoke",
+        "started": run.started.isoformat(timespec="seconds"),
+        "parameters": {"tier": "smoke", "lr": 3e-4},
+        "settings": run.settings,
+        "metrics": run.metrics,
+        "seconds": run.seconds,
+        "error": None,
+        "digests": run.digests,
+        "identity": run.identity,
+    }
+    assert (entry_of(failed)["error"], entry_of(failed)["metrics"]) == (failed.error, None)
+
+
+def test_unknown_names_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    notebook = write_notebook(tmp_path / "tiny.ipynb")
+    with pytest.raises(ValueError, match=r"no parameter 'lrr': did you mean 'lr'\?") as refused:
+        run_notebook(notebook, {"lrr": 1}, out=tmp_path / "out")
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match=r"parameters\.lr is nan: give a finite number"):
+        run_notebook(notebook, {"lr": float("nan")}, out=tmp_path / "out")
+    with pytest.raises(ValueError, match="did you mean 'smoke'"):
+        run_notebook(notebook, {"tier": "smok"}, out=tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"No notebook .*no_such\.ipynb"):
+        run_notebook(tmp_path / "no_such.ipynb", out=tmp_path / "out")
+    (tmp_path / "text.ipynb").write_text("not a notebook", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"text\.ipynb can't be read as a notebook"):
+        run_notebook(tmp_path / "text.ipynb", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_notebooks_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "notebooks").mkdir()
+    notebook = write_notebook(tmp_path / "notebooks" / "90_mine.ipynb")
+    monkeypatch.chdir(tmp_path)
+    assert find_notebook("90_mine") == find_notebook("notebooks/90_mine.ipynb") == notebook
+    with pytest.raises(FileNotFoundError, match="did you mean '90_mine'"):
+        find_notebook("90_min")
+
+
+def test_a_failing_cell_keeps_what_ran(failed: Run) -> None:
+    assert failed.error == "KeyError: 'nothing' (cell 4, “The cause”)"
+    assert failed.metrics is None
+    assert "so far" in failed.executed.read_text(encoding="utf-8")
+    page = BeautifulSoup(failed.report.read_text(encoding="utf-8"), "html.parser")
+    alert = page.select_one("header [role=alert]")
+    assert failed.error in alert.get_text()
+    assert "KeyError" in page.select_one(alert.a["href"]).get_text()
+    assert "so far" in page.get_text()
+    assert "Takeaways" not in page.get_text()  # claims of cells that never ran
+
+
+def test_a_kernel_that_dies_is_an_error_of_the_run(tmp_path: Path) -> None:
+    notebook = write_notebook(tmp_path / "dies.ipynb", "import os; os._exit(1)", "print('later')")
+    run = run_notebook(notebook, out=tmp_path / "out {x}", html=True, progress=False)  # no placeholder: a name
+    assert run.error.startswith("The kernel died")
+    assert run.error in BeautifulSoup(run.report.read_text(encoding="utf-8"), "html.parser").get_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to another process")
+def test_ctrl_c_leaves_a_report_and_no_kernel(tmp_path: Path) -> None:
+    sleep = (
+        "import os, pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'], stderr=subprocess.DEVNULL)\n"
+        "print('so far')\n"
+        "pids = pathlib.Path(os.environ['FTKIT_RUN_DIR']) / 'pids'\n"
+        "pids.with_suffix('.part').write_text(f'{os.getpid()} {child.pid}')\n"
+        "pids.with_suffix('.part').rename(pids)\n"
+        "time.sleep(300)"
+    )
+    notebook = write_notebook(tmp_path / "sleeps.ipynb", sleep)
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from ftkit.lab.runs.notebooks import run_notebook\n"
+        "run = run_notebook(sys.argv[1], out=sys.argv[2], html=True)\n"
+        "print(run.error, run.report.exists())"
+    )
+    command = [sys.executable, "-c", script, str(notebook), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (pids := list(tmp_path.glob("out/*/pids"))):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        family = [psutil.Process(int(pid)) for pid in pids[0].read_text().split()]
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert stdout.strip() == "Interrupted (cell 3, “A tiny notebook”) True"
+    assert "Traceback" not in stderr
+    assert "so far" in (pids[0].parent / "report.html").read_text(encoding="utf-8")
+    assert psutil.wait_procs(family, timeout=10)[1] == []  # one that was killed is there until the system noted it
+    (entry,) = results.read(tmp_path / "out" / results.NAME)
+    assert entry["error"] == "Interrupted (cell 3, “A tiny notebook”)"
+
+
+def test_the_bar_names_the_heading_and_can_be_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    notebook = write_notebook(tmp_path / "tiny.ipynb", "## The idea", "1")
+    run_notebook(notebook, out=tmp_path / "out", progress=False)
+    assert capfd.readouterr() == ("", "")
+    run_notebook(notebook, out=tmp_path / "out")
+    assert re.search(r"The idea +3/3 cells", capfd.readouterr().err)
+
+
+def test_runs_started_together_get_folders_of_their_own(tmp_path: Path) -> None:
+    notebook = write_notebook(tmp_path / "tiny.ipynb")
+    script = (
+        "import sys; from ftkit.lab.runs.notebooks import run_notebook; print(run_notebook(sys.argv[1], out='out').id)"
+    )
+
+    def start(_: int) -> str:
+        command = [sys.executable, "-c", script, str(notebook)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    with ThreadPoolExecutor(3) as pool:
+        ids = list(pool.map(start, range(3)))
+    assert sorted(ids) == sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
+    assert sorted(ids) == sorted(entry["id"] for entry in results.read(tmp_path / "out" / results.NAME))
+    assert len(set(ids)) == 3
+    assert all(run_id.startswith("tiny-") for run_id in ids)
+
+
+def test_a_report_loads_nothing(run: Run, page: BeautifulSoup) -> None:
+    assert not page.select("script, link, iframe, object, embed")
+    sources = [element["src"] for element in page.select("[src]")]
+    assert len(sources) == 2  # the figure and the picture beside the notebook
+    assert all(source.startswith("data:image/png") for source in sources)
+    assert not re.search(r"@import|url\(", run.report.read_text(encoding="utf-8"))
+    assert "default-src 'none'" in page.select_one("meta[http-equiv]")["content"]
+    assert page.select_one('a[href="https://example.org"]')  # a link is not loaded
+    assert "[not shown: far away]" in page.get_text()
+
+
+def test_equations_become_mathml(page: BeautifulSoup) -> None:
+    equations = page.select("article math")
+    assert [equation.get("display") for equation in equations] == ["inline", "inline", "block"]
+    assert equations[1].get_text() == "a<b"
+    assert page.find("code", string="$HOME")
+    assert '"$x$"' in page.get_text()
+    assert page.find("code", string=r"\nosuchcommand{x}")  # not understood: its source, not rubbish
+
+
+def test_a_report_opens_with_its_summary(run: Run, page: BeautifulSoup) -> None:
+    assert [heading.get_text() for heading in page.select("h1")] == ["A tiny notebook"]
+    assert page.html["lang"] == "en"
+    summary = page.select_one(".summary")
+    text = summary.get_text(" ", strip=True)
+    assert "full 0.812 0.780 to 0.840 2 – – –" in text
+    assert "lr 0.0003 0.0001" in text
+    for fact in (f"Python {sys.version.split()[0]}", "torch 2", "logical cores", "revision", run.id):
+        assert fact in text
+    assert page.find(string=re.compile("lr is 0.0003")).find_previous(class_="summary") is summary
+    assert not page.select("[role=alert]")
+
+
+def test_the_summary_says_what_each_setting_is(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "notebook.ipynb").write_bytes(run.executed.read_bytes())
+    ours = replace(
+        run,
+        folder=tmp_path,
+        notebook=Path("notebooks/01_full_fine_tuning.ipynb"),
+        changed={"lr": (1e-4, 3e-4), "rows": (1000, 500)},
+    )
+    page = BeautifulSoup(write_report(ours).read_text(encoding="utf-8"), "html.parser")
+    rows = [
+        [cell.get_text() for cell in line.find_all(["th", "td"])] for line in page.select(".summary table.words tr")
+    ]
+    assert rows == [
+        ["setting", "this run", "default", "what it is"],
+        ["lr", "0.0003", "0.0001", "peak learning rate of full fine-tuning"],
+        ["rows", "500", "1000", "training rows of each seed (rows)"],
+    ]
+
+
+def test_the_help_lists_every_parameter(tmp_path: Path) -> None:
+    text = parameters_help(find_notebook("01_full_fine_tuning"))
+    assert re.search(
+        r"^  rows +training rows of each seed\n +int: 2 to 1,000,000 rows; default 64 \| 1,000 \| 6,000$", text, re.M
+    )
+    assert re.search(
+        r"^  schedule +the rate after warm-up\n +str: linear, cosine, constant; default linear$", text, re.M
+    )
+    names = [line.split()[0] for line in text.splitlines()[1::2]]
+    assert names == list(FullFineTuning.model_fields)[1:]
+    assert len({re.match(r" *\S+ +|$", line).end() for line in text.splitlines()[1::2]}) == 1  # aligned
+    text = parameters_help(write_notebook(tmp_path / "tiny.ipynb"))
+    assert text.splitlines()[1:] == ["  lr    default 0.0001", "  data  default None", "  tier  default cpu"]
+
+
+def test_code_is_folded_and_widgets_are_left_out(page: BeautifulSoup) -> None:
+    assert len(page.select("details.code")) == 3  # parameters, injected parameters, outputs; no empty cell
+    assert not page.select("details.code[open]")
+    assert not [code for code in page.select("article .input") if not code.find_parent("details")]
+    assert "IntSlider(" not in " ".join(output.get_text() for output in page.select(".output"))
+    assert page.find("img", alt="a pixel")
+    assert "step 2" in page.get_text()
+    assert "step 1" not in page.select_one(".output_stderr").get_text()
+    assert page.select_one("article .scroll table")
+
+
+def test_a_report_names_no_folder_of_the_machine(run: Run) -> None:
+    text = BeautifulSoup(run.report.read_text(encoding="utf-8"), "html.parser").get_text()
+    for private in (Path.home() / "x", Path.cwd(), Path(sys.executable).parent, run.folder):
+        assert str(private) not in text
+    # what lies below the current folder may be shown from there on
+    assert re.search(rf"…/(?:\S+/)?{re.escape(Path(sys.executable).name)}", text)
+
+
+def test_metrics_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_metrics({"data": Path("my.csv"), "seeds": (0, 1)}, METRICS, folder=tmp_path / "new")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["settings"] == {"data": "my.csv", "seeds": [0, 1]}
+    assert record["metrics"]["linear_probe"]["ci95"] == [0.62, 0.68]
+    assert record["metrics"]["linear_probe"]["trainable_parameters"] == 12770
+    assert results_table(record["metrics"]).equals(results_table(METRICS))
+    assert list(path.parent.iterdir()) == [path]
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.delenv("FTKIT_RUN_DIR", raising=False)
+    assert save_metrics({}, METRICS) == tmp_path / "runs" / "interactive" / "metrics.json"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), np.float32("inf"), np.array([1.0, np.nan])])
+def test_metrics_that_are_not_finite_are_refused(tmp_path: Path, bad: object) -> None:
+    save_metrics({}, METRICS, folder=tmp_path)
+    before = (tmp_path / "metrics.json").read_bytes()
+    with pytest.raises(ValueError, match=r"^metrics\.full\.accuracy.* is (nan|inf): [^\n]+$"):
+        save_metrics({}, {"full": {"accuracy": bad}}, folder=tmp_path)
+    with pytest.raises(TypeError, match=r"settings\.model is a object"):
+        save_metrics({"model": object()}, METRICS, folder=tmp_path)
+    assert (tmp_path / "metrics.json").read_bytes() == before
+
+
+def test_the_table_reads_the_same_everywhere() -> None:
+    table = results_table(METRICS)
+    assert list(table.index) == ["majority", "linear probe"]
+    assert list(table.loc["linear probe"]) == ["0.650", "0.620 to 0.680", "3", "12,770", "12.3", "1,812"]
+    assert table.loc["majority", "95 % interval"] == "–"
+    lines = format_table(METRICS).splitlines()
+    assert len(lines) == 3
+    assert len({len(line) for line in lines}) == 1  # aligned
+    assert re.match(r"linear probe +0\.650 +0\.620 to 0\.680 +3 +12,770", lines[2])
+
+
+def test_importing_runs_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'pandas', 'numpy', 'papermill', 'nbformat', 'nbconvert', 'matplotlib', 'psutil', 'tqdm'}"
+    script = f"import sys, ftkit.runs; sys.exit(str({heavy} & set(sys.modules) or '') or 0)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

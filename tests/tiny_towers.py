@@ -1,0 +1,42 @@
+"""Two tiny towers, and pairs of a picture of one colour and a caption that names it."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from tiny_models import CONFIGS, make_word_tokenizer
+from transformers import BertModel, ViTModel
+
+from ftkit.contrastive.towers import TwoTowers
+from ftkit.data.pairs import Pairs
+from ftkit.models.encoders import ImageEncoder, TextEncoder
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def make_towers(dropout: float = 0.0, **settings: object) -> TwoTowers:
+    """Two transformers of width 16 and 3 layers, and heads on them; also for the other tests of pairs."""
+    torch.manual_seed(0)
+    networks = []
+    for kind, family, options in ((BertModel, "bert", {}), (ViTModel, "vit", {"add_pooling_layer": False})):
+        config = copy.deepcopy(CONFIGS[family])
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+        networks.append(kind(config, **options))
+    text, image = TextEncoder(networks[0], make_word_tokenizer()), ImageEncoder(networks[1], size=8, mean=MEAN, std=STD)
+    return TwoTowers(text, image, **{"dim": 8, **settings})
+
+
+def make_pairs(number: int, seed: int = 0) -> Pairs:
+    """Pictures of one colour each, and captions of 2 to 4 words that name it; no two captions are the same."""
+    rng = np.random.default_rng(seed)
+    colours = rng.choice(512, size=number, replace=False)
+    levels = np.stack([colours // 64, colours // 8 % 8, colours % 8], axis=1)
+    pictures = np.broadcast_to((levels * 36)[:, None, None, :], (number, 8, 8, 3)).astype(np.uint8)
+    captions = [f"w{3 + r} w{13 + g} w{23 + b}" + " w50" * int(r % 3) for r, g, b in levels]
+    return Pairs(pictures, captions, pd.DataFrame({"colour": colours}))
+
+
+def brighten(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    return (picture // 2 + rng.integers(0, 100)).astype(np.uint8)
