@@ -104,7 +104,7 @@ def find_notebook(name: str | Path) -> Path:
     Raises:
         FileNotFoundError: it is neither a file nor a name in ``notebooks/``; the message has the nearest name.
     """
-    folders = (Path(), Path("notebooks"), Path(__file__).parents[1] / "notebooks")
+    folders = (Path(), Path("notebooks"), Path(__file__).parents[3] / "notebooks")
     file = Path(name) if Path(name).suffix == ".ipynb" else Path(f"{name}.ipynb")
     for folder in folders:
         if (folder / file).is_file():

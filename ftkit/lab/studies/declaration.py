@@ -20,7 +20,7 @@ from ftkit.lab.runs.notebooks import find_notebook
 from ftkit.lab.schema import NotebookSettings, in_words
 from ftkit.lab.settings import settings_of
 
-FOLDER = Path(__file__).parents[1] / "data" / "studies"
+FOLDER = Path(__file__).parents[3] / "data" / "studies"
 
 TEXTS = ("ended", "machine", "versions", "revision", "code")  # columns that are text even where they look like numbers
 
