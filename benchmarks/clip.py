@@ -1,4 +1,4 @@
-"""What contrastive learning costs: locked towers cached, gradients cached, emoji drawn, pictures encoded.
+"""What contrastive learning costs: locked towers cached, gradients cached, emoji drawn, images encoded.
 
 ``locked_epoch_speedup``: an epoch of ``fit`` that trains two heads on locked ``minilm`` and ``efficientnet-lite0``, in
 batches of 64 pairs of 128 x 128 pixels, on the rows of ``encode_pairs``, which encodes each pair in each epoch, over
@@ -8,11 +8,11 @@ one on the rows of ``cache_towers``, which give the same embeddings. To fill tha
 1,024 pairs with ``chunk_size=64``, over that of a step on a plain batch of 64. ``cached_gradient_time_ratio``: its
 seconds over those of a step on the 1,024 in one piece; where 20 GiB, or what is free, don't hold them, both on a half
 or a quarter (``plain_pairs``). Each step is made in a process of its own, which in every arm holds the libraries, the
-towers and all 1,024 drawn pictures (``loaded_mib``); those beyond the 977 for training are bolder drawings of the
+towers and all 1,024 drawn images (``loaded_mib``); those beyond the 977 for training are bolder drawings of the
 first. Before that, the gradients of 256 pairs with and without chunks must agree within 1e-5 of their norm.
 
 ``draw_seconds``: all emoji drawn at 128 x 128 in a fresh process, without imports and their list.
-``encode_speedup``: 512 of the pictures through the reference network, ``efficientnet_lite_pytorch`` in eval and
+``encode_speedup``: 512 of the images through the reference network, ``efficientnet_lite_pytorch`` in eval and
 inference mode, in batches of 64, over ``cache_towers``. Features and embeddings must agree within 1e-4 of their norm.
 
 Within a round the arms come one after the other, the order turned from round to round; ratios are medians over the
@@ -88,7 +88,7 @@ def step(num_pairs: int, batch: int, chunk_size: int | None) -> dict[str, float]
     """One step on the first ``batch`` of ``num_pairs`` rows: seconds and peak memory."""
     model = make_model(chunk_size)
     rows = make_rows(model, num_pairs)
-    data = {"train": rows if batch == num_pairs else rows.take(range(batch))}  # take copies the pictures
+    data = {"train": rows if batch == num_pairs else rows.take(range(batch))}  # take copies the images
     loaded = psutil.Process().memory_info().rss / 2**20
     with Meter() as meter:
         fit(model, data, make_settings(batch))
@@ -132,8 +132,8 @@ def measure_locked(turn: int, model: TwoTowers, rows: PairRows) -> dict[str, flo
 
 
 def measure_encoding(turn: int, model: TwoTowers, rows: PairRows, library: Any) -> dict[str, float]:
-    """Features of the pictures, which in both arms are made ready row by row."""
-    model.lock("image").text.requires_grad_(True)  # so that only pictures are encoded
+    """Features of the images, which in both arms are made ready row by row."""
+    model.lock("image").text.requires_grad_(True)  # so that only images are encoded
 
     def ours() -> Tensor:
         return torch.from_numpy(cache_towers(model, {"train": rows})["train"].features["image"][0])
@@ -142,8 +142,8 @@ def measure_encoding(turn: int, model: TwoTowers, rows: PairRows, library: Any) 
     def theirs() -> Tensor:
         features = []
         for part in np.split(np.arange(len(rows)), range(BATCH_SIZE, len(rows), BATCH_SIZE)):
-            pictures = torch.from_numpy(np.stack([rows[i]["pixel_values"] for i in part]))
-            features.append(library.extract_features(pictures).mean((2, 3)))
+            images = torch.from_numpy(np.stack([rows[i]["pixel_values"] for i in part]))
+            features.append(library.extract_features(images).mean((2, 3)))
         return torch.cat(features)
 
     taken = {run.__name__: timed(run) for run in (ours, theirs)[:: 1 if turn % 2 == 0 else -1]}

@@ -67,7 +67,7 @@ def main() -> None:
 
     from ftkit.continual.fisher import diagonal_fisher
     from ftkit.continual.penalties import EWC, L2SP, Distillation, add_old_logits
-    from ftkit.continual.replay import Memory, mix
+    from ftkit.continual.replay import ReplayBuffer, mix
     from ftkit.data.text import encode, load_text
     from ftkit.models.loading import load_classifier
     from ftkit.training.loop import fit
@@ -87,7 +87,7 @@ def main() -> None:
 
     ewc, l2sp, distillation = EWC(1.0), L2SP(model, 1.0), Distillation(model)
     ewc.remember(model, diagonal_fisher(model, fisher_rows[:32], "empirical"))
-    memory = Memory(num_rows)
+    memory = ReplayBuffer(num_rows)
     memory.add(old_rows)
     distilled_seconds, distilled = timed(lambda: add_old_logits(model, new_rows))
     plain = TrainSettings(lr=LR, num_epochs=1, batch_size=BATCH_SIZE, keep_best=False, seed=SEED)

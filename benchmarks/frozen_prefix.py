@@ -1,4 +1,4 @@
-"""What a frozen network costs: ``freeze``, ``cache_prefix`` and ``fit`` against transformers' ``Trainer``.
+"""What a frozen network costs: ``freeze``, ``cache_frozen_layers`` and ``fit`` against transformers' ``Trainer``.
 
 Both train the same layers of the same network on the same rows for as many steps, in batches of 16 grouped by length,
 and evaluate after each epoch. Every run is really made, in a process of its own, so that its peak memory is its own;
@@ -73,7 +73,7 @@ def run(arm: str, task: str, num_rows: int) -> dict[str, float]:
     ends: list[float] = []  # of the epochs, their evaluation included
     if arm == "ftkit":
         from ftkit.training.callbacks import Callback
-        from ftkit.training.feature_cache import cache_prefix
+        from ftkit.training.feature_cache import cache_frozen_layers
         from ftkit.training.loop import fit
 
         class Clock(Callback):
@@ -81,7 +81,7 @@ def run(arm: str, task: str, num_rows: int) -> dict[str, float]:
                 ends.append(time.perf_counter())
 
         with Meter() as meter:
-            rest, cached = cache_prefix(model, rows)
+            rest, cached = cache_frozen_layers(model, rows)
             history = fit(rest, cached, make_settings(lr, num_epochs), callbacks=[Clock()])
         steps, accuracy = len(history.steps), history.epochs[-1]["validation_accuracy"]
     else:
@@ -123,11 +123,11 @@ def loss_difference(train: int | str, lr: float, num_rows: int, num_epochs: int 
     from transformers import Trainer
 
     from ftkit.training.batching import make_batch, row_lengths, training_batches
-    from ftkit.training.feature_cache import cache_prefix
+    from ftkit.training.feature_cache import cache_frozen_layers
     from ftkit.training.loop import fit
 
     model, _, rows = prepare(train, num_rows, dropout=0)
-    history = fit(*cache_prefix(model, rows), make_settings(lr, num_epochs))
+    history = fit(*cache_frozen_layers(model, rows), make_settings(lr, num_epochs))
     ours = [step["loss"] for step in history.steps]
 
     model, _, rows = prepare(train, num_rows, dropout=0)

@@ -31,13 +31,13 @@ def prepare(num_rows: int) -> tuple[Any, Any, Any, Any]:
     """Model, tokenizer, rows with their few-shot prompts, and the tokens of the label words."""
     from ftkit.data.text import load_text
     from ftkit.models.loading import load_language_model
-    from ftkit.prompting.few_shot import balanced_context
+    from ftkit.prompting.few_shot import balanced_examples
     from ftkit.prompting.templates import Template, Verbalizer, encode_prompts
 
     splits = load_text("movie-sentiment", train=1000, validation=1, test=num_rows)
     model, tokenizer = load_language_model("smollm2")
     template, verbalizer = Template("Review: {text}\nSentiment:"), Verbalizer({"negative": " bad", "positive": " good"})
-    examples = balanced_context(splits["train"], NUM_EXAMPLES, seed=SEED)
+    examples = balanced_examples(splits["train"], NUM_EXAMPLES, seed=SEED)
     rows, words = encode_prompts(splits["test"], template, verbalizer, tokenizer, examples=examples)
     return model, tokenizer, rows, words
 

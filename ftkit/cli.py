@@ -123,12 +123,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from ftkit.lab.runs import comparison, grid, notebooks
 
     notebook = notebooks.find_notebook(arguments.notebook)
-    where = {"tier": arguments.tier, "out": arguments.out, "html": arguments.html}
+    where = {"tier": arguments.tier, "out": arguments.out}
     planned = grid.plan(notebook, grid.each_once(arguments.parameter), tier=arguments.tier)
     chosen = {value for job in planned for value in job.parameters.values() if isinstance(value, str)}
     _fetch_assets([*notebooks.assets_of(notebook), *chosen.intersection(registry.names())])
     if len(planned) > 1:
-        failed = grid.run_grid(notebook, planned, jobs=arguments.jobs, **where)
+        failed = grid.run_grid(notebook, planned, jobs=arguments.jobs, html=arguments.html, **where)
         try:
             compared = comparison.compare_runs(Path(arguments.out), {job.identity for job in planned})
             print(comparison.format_comparisons(compared))
@@ -140,7 +140,12 @@ def _run(arguments: argparse.Namespace) -> int:
     run = notebooks.run_notebook(notebook, planned[0].parameters, **where)
     if run.metrics:
         print(results.format_table(run.metrics))
-    print(run.report or run.executed)
+    if arguments.html:
+        from ftkit.lab.runs.report import write_report
+
+        print(write_report(run))
+    else:
+        print(run.executed)
     if run.error:
         print(f"ftkit: {run.error}", file=sys.stderr)
     return 1 if run.error else 0

@@ -32,7 +32,7 @@ class FreezingError(ValueError):
     """A network can't be frozen as asked; the message says why and what to pass instead."""
 
 
-class PrefixError(ValueError):
+class FeatureCacheError(ValueError):
     """A prefix can't be cached; the message says why and what to do."""
 
 

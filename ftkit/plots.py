@@ -30,7 +30,7 @@ STYLE = {
 
 
 class Figure:
-    """A drawn figure as a notebook shows it: picture with alt text, and a table that opens on a click.
+    """A drawn figure as a notebook shows it: image with alt text, and a table that opens on a click.
 
     Args:
         drawn: the matplotlib figure; it is rendered and closed.
@@ -48,10 +48,10 @@ class Figure:
         return f"[figure: {self.alt}]"
 
     def _repr_html_(self) -> str:
-        picture = base64.b64encode(self.png).decode("ascii")
+        image = base64.b64encode(self.png).decode("ascii")
         numbers = self.table.to_html(border=0, na_rep="", float_format="{:.3f}".format)
         return (
-            f'<img alt="{html.escape(self.alt)}" src="data:image/png;base64,{picture}" style="max-width: 100%">'
+            f'<img alt="{html.escape(self.alt)}" src="data:image/png;base64,{image}" style="max-width: 100%">'
             f"<details><summary>the numbers</summary>{numbers}</details>"
         )
 

@@ -43,7 +43,7 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_figure_is_a_picture_with_alt_text_and_its_numbers(name: str) -> None:
+def test_a_figure_is_a_image_with_alt_text_and_its_numbers(name: str) -> None:
     figure = FIGURES[name]()
     page = BeautifulSoup(figure._repr_html_(), "html.parser")
     image = Image.open(io.BytesIO(base64.b64decode(page.img["src"].partition(",")[2])))

@@ -1,4 +1,4 @@
-"""Two tiny towers, and pairs of a picture of one colour and a caption that names it."""
+"""Two tiny towers, and pairs of an image of one colour and a caption that names it."""
 
 import copy
 
@@ -29,14 +29,14 @@ def make_towers(dropout: float = 0.0, **settings: object) -> TwoTowers:
 
 
 def make_pairs(number: int, seed: int = 0) -> Pairs:
-    """Pictures of one colour each, and captions of 2 to 4 words that name it; no two captions are the same."""
+    """Images of one colour each, and captions of 2 to 4 words that name it; no two captions are the same."""
     rng = np.random.default_rng(seed)
     colours = rng.choice(512, size=number, replace=False)
     levels = np.stack([colours // 64, colours // 8 % 8, colours % 8], axis=1)
-    pictures = np.broadcast_to((levels * 36)[:, None, None, :], (number, 8, 8, 3)).astype(np.uint8)
+    images = np.broadcast_to((levels * 36)[:, None, None, :], (number, 8, 8, 3)).astype(np.uint8)
     captions = [f"w{3 + r} w{13 + g} w{23 + b}" + " w50" * int(r % 3) for r, g, b in levels]
-    return Pairs(pictures, captions, pd.DataFrame({"colour": colours}))
+    return Pairs(images, captions, pd.DataFrame({"colour": colours}))
 
 
-def brighten(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    return (picture // 2 + rng.integers(0, 100)).astype(np.uint8)
+def brighten(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    return (image // 2 + rng.integers(0, 100)).astype(np.uint8)

@@ -117,7 +117,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, Bottleneck)]
 
 
-def save_adapters(model: PreTrainedModel, folder: str | Path) -> Path:
+def save_bottleneck(model: PreTrainedModel, folder: str | Path) -> Path:
     """Save the adapters, the head and, after Houlsby, the layer norms: all that training changed, and no more.
 
     Args:
@@ -150,12 +150,12 @@ def save_adapters(model: PreTrainedModel, folder: str | Path) -> Path:
     return folder
 
 
-def load_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+def load_bottleneck(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     """Put saved adapters, with their head, into the base they were trained in; they can train on.
 
     Args:
         model: the base without adapters, with a head for as many classes; changed in place.
-        folder: what ``save_adapters`` wrote.
+        folder: what ``save_bottleneck`` wrote.
 
     Returns:
         The same model, with the logits it had when it was saved.
@@ -166,7 +166,7 @@ def load_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel
     folder = Path(folder)
     if not (folder / SETTINGS_FILE).is_file():
         raise ValueError(
-            f"There are no saved adapters in {str(folder)!r}: give the folder that save_adapters() returned."
+            f"There are no saved adapters in {str(folder)!r}: give the folder that save_bottleneck() returned."
         )
     settings: dict[str, Any] = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
     labels = settings["labels"]

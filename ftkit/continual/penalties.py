@@ -70,13 +70,6 @@ class EWC:
         ]
         return self.strength * (sum(terms, start=_zero(model)) + self.rest)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is remembered, for torch.save."""
-        return {"precision": self.precision, "center": self.center, "rest": self.rest}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.precision, self.center, self.rest = dict(state["precision"]), dict(state["center"]), state["rest"]
-
 
 class L2SP:
     """L2-SP (Li et al., 2018): (strength / 2) ||w_shared - w0_shared||^2 + (beta / 2) ||w_new||^2.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 Row = Mapping[str, Any]
 
 
-class Memory:
+class ReplayBuffer:
     """At most M rows of all that were ever shown to it, in one pass and without knowing how many will come.
 
     Args:

@@ -1,15 +1,7 @@
 """Learn tasks one after the other, and evaluate all of them after each."""
 
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
 
 from ftkit.continual.accuracy_matrix import AccuracyMatrix
 from ftkit.continual.strategies import Stage, Strategy
@@ -17,13 +9,10 @@ from ftkit.data.tasks import Rows
 from ftkit.metrics import Evaluation, pooled
 from ftkit.models.heads import MultiHead
 from ftkit.models.modules import snapshot
-from ftkit.training.callbacks import Callback, Checkpoint
+from ftkit.training.callbacks import Callback
 from ftkit.training.loop import evaluate, fit
 from ftkit.training.monitor import Meter
 from ftkit.training.state import History, TrainSettings
-
-if TYPE_CHECKING:
-    from ftkit.continual.strategies import Strategy
 
 
 @dataclass
@@ -69,99 +58,6 @@ class SequenceRun:
         )
 
 
-class SequenceFile:
-    """The state of a sequence in a folder, replaced after each task in one move; without a folder nothing is kept."""
-
-    def __init__(
-        self,
-        folder: str | Path | None,
-        model: MultiHead,
-        tasks: Sequence[Mapping[str, Rows]],
-        strategy: "Strategy",
-        settings: TrainSettings,
-        splits: Sequence[str],
-    ) -> None:
-        self.folder = None if folder is None else Path(folder)
-        if self.folder is None:
-            return
-        self.path = self.folder / "sequence.pt"
-        rows = [row for task in tasks for split in ("train", "validation", *splits) for row in task.get(split, [])]
-        self.identity = {
-            **strategy.identity(),
-            **settings.model_dump(),
-            "splits": list(splits),
-            "starting weights": _digest(model.state_dict().values()),
-            "rows": _digest(value for row in rows for value in row.values()),
-        }
-
-    def checkpoint(self, index: int) -> list[Checkpoint]:
-        """For the training of one task."""
-        return [] if self.folder is None else [Checkpoint(self.folder / f"task_{index}.pt")]
-
-    def resume(self, model: MultiHead, strategy: "Strategy", run: SequenceRun) -> bool:
-        """Go back to the end of the last task that was learned, if there is one."""
-        if self.folder is None or not self.path.exists():
-            return False
-        state = torch.load(self.path, weights_only=True)
-        for name, value in self.identity.items():
-            if state["identity"].get(name) != value:
-                raise ValueError(
-                    f"The folder {self.folder.name} holds a run with {name}={state['identity'].get(name)}, "
-                    f"this one has {value}: give another folder, or delete it to start anew."
-                )
-        model.load_state_dict(state["model"])
-        strategy.load_state_dict(state["strategy"])
-        run.histories = [History(**history) for history in state["histories"]]
-        run.distances = state["distances"]
-        for split, stages in state["evaluations"].items():
-            run.evaluations[split] = [list(map(_evaluation, stage)) for stage in stages]
-        model.seen = state["seen"]
-        print(f"Resumed after {len(run.histories)} of {len(run.names)} tasks.")
-        return True
-
-    def write(self, model: MultiHead, strategy: "Strategy", run: SequenceRun) -> None:
-        if self.folder is None:
-            return
-        evaluations = {
-            split: [list(map(_plain, stage)) for stage in stages] for split, stages in run.evaluations.items()
-        }
-        state = {
-            "identity": self.identity,
-            "model": model.state_dict(),
-            "strategy": strategy.state_dict(),
-            "histories": [asdict(history) for history in run.histories],
-            "distances": run.distances,
-            "evaluations": evaluations,
-            "seen": model.seen,
-        }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
-        torch.save(state, partial)
-        partial.replace(self.path)
-        for checkpoint in self.folder.glob("task_*.pt"):  # of tasks that are learned
-            checkpoint.unlink()
-
-
-def _plain(evaluation: Evaluation | None) -> tuple[Tensor, Tensor, float] | None:
-    """As torch.load reads it back with weights only."""
-    if evaluation is None:
-        return None
-    return torch.from_numpy(evaluation.labels), torch.from_numpy(evaluation.probabilities), evaluation.loss
-
-
-def _evaluation(kept: tuple[Tensor, Tensor, float] | None) -> Evaluation | None:
-    return None if kept is None else Evaluation(kept[0].numpy(), kept[1].numpy(), kept[2])
-
-
-def _digest(values: Any) -> str:
-    """A short fingerprint of numbers."""
-    digest = hashlib.sha256()
-    for value in values:
-        array = value.detach().float().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:12]
-
-
 def learn_sequence(
     model: MultiHead,
     tasks: Sequence[Mapping[str, Rows]],
@@ -169,7 +65,6 @@ def learn_sequence(
     settings: TrainSettings,
     *,
     splits: Sequence[str] = ("test",),
-    folder: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> SequenceRun:
     """Train a model on one task after the other, and measure it on all of them before the first and after each.
@@ -183,14 +78,11 @@ def learn_sequence(
         settings: of the training of each task. With ``keep_best`` the epoch is kept that is best on the validation
             rows of the task.
         splits: to measure on.
-        folder: to keep the state in after each task and, of the one in training, every 100 steps and each epoch. The
-            same call goes on from it, if it was killed at whatever moment, and gives the same run. None keeps nothing.
         callbacks: for the training of each task.
 
     Raises:
-        ValueError: tasks that are not the model's, a split they lack, label smoothing with several heads, a folder
-            that holds another run.
-        KeyboardInterrupt: the training of a task was interrupted; a folder has it up to the last state written.
+        ValueError: tasks that are not the model's, a split they lack, label smoothing with several heads.
+        KeyboardInterrupt: the training of a task was interrupted.
     """
     if len(tasks) != len(model.head_of):
         raise ValueError(
@@ -202,29 +94,25 @@ def learn_sequence(
                 raise ValueError(f"The task {name} has no rows of the split {split!r}: give some, or other splits.")
     if settings.label_smoothing and (model.growing or len(model.columns) > 1):
         raise ValueError("label_smoothing would ask for classes that a row is not scored among: set it to 0.")
-    memory = SequenceFile(folder, model, tasks, strategy, settings, splits)
     strategy.set_up(model)
     heads = model.head_parameters()
     start = {name: weights for name, weights in snapshot(model).items() if name not in heads}
     run = SequenceRun(model.task_names, {split: [] for split in splits})
-    if not memory.resume(model, strategy, run):
-        model.seen = 0
-        for split, stages in run.evaluations.items():
-            stages.append(measure(model, tasks, strategy, split))
-    for index in range(len(run.histories), len(tasks)):
-        task = tasks[index]
+    model.seen = 0
+    for split, stages in run.evaluations.items():
+        stages.append(evaluate_tasks(model, tasks, strategy, split))
+    for index, task in enumerate(tasks):
         stage = Stage(model, tasks, index, settings, task["train"], task.get("validation", []), [], index + 1)
         with Meter() as cost:
             strategy.before(stage)
             model.seen = stage.seen
-            history = _train(stage, [*memory.checkpoint(index), *callbacks])
+            history = _train(stage, callbacks)
             strategy.after(stage)
         history.seconds, history.peak_rss_mib = cost.seconds, cost.peak_rss_mib
         run.histories.append(history)
         run.distances.append(strategy.distance(model, start))
         for split, stages in run.evaluations.items():
-            stages.append(measure(model, tasks, strategy, split) if history.steps else stages[-1])
-        memory.write(model, strategy, run)
+            stages.append(evaluate_tasks(model, tasks, strategy, split) if history.steps else stages[-1])
     return run
 
 
@@ -245,7 +133,7 @@ def _train(stage: Stage, callbacks: Sequence[Callback]) -> History:
     return history
 
 
-def measure(
+def evaluate_tasks(
     model: MultiHead, tasks: Sequence[Mapping[str, Rows]], strategy: Strategy, split: str = "test"
 ) -> list[Evaluation | None]:
     """What the model answers now, a task an evaluation; None where a growing head lacks the classes of a task.

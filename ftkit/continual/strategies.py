@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -11,7 +11,7 @@ from torch import Tensor
 from ftkit.adapters.lora import add_lora
 from ftkit.continual.fisher import diagonal_fisher
 from ftkit.continual.penalties import EWC, L2SP, Distillation, add_old_logits
-from ftkit.continual.replay import Memory, mix
+from ftkit.continual.replay import ReplayBuffer, mix
 from ftkit.data.tasks import Rows
 from ftkit.models.architecture import layer_groups
 from ftkit.models.heads import MultiHead
@@ -79,18 +79,6 @@ class Strategy:
         """How far the weights, heads aside, have come from those before any training."""
         return weight_distance(model, start)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What cannot be had again from the weights and rows when a sequence is resumed."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``state_dict`` gave."""
-
-    def identity(self) -> dict[str, Any]:
-        """What tells this strategy from another: its class and its numbers."""
-        plain = {name: value for name, value in vars(self).items() if isinstance(value, int | float | str | None)}
-        return {"strategy": type(self).__name__, **plain}
-
 
 FISHER_ROWS = 256  # of a task's training rows
 
@@ -145,7 +133,7 @@ class LowRate(Strategy):
             stage.settings = stage.settings.model_copy(update={"lr": stage.settings.lr * self.strength})
 
 
-class HoldToStart(Strategy):
+class L2SPStrategy(Strategy):
     """L2-SP: from the second task on, the weights are held to those with which the task starts; a head that is new is
     free, and has the weight decay of the optimiser.
 
@@ -162,7 +150,7 @@ class HoldToStart(Strategy):
             stage.penalties.append(L2SP(stage.model, self.strength, new=stage.new_heads, beta=0))
 
 
-class Consolidation(Strategy):
+class EWCStrategy(Strategy):
     """EWC, with the Fisher information of each task, of up to 256 of its rows.
 
     Args:
@@ -190,14 +178,8 @@ class Consolidation(Strategy):
             fisher = diagonal_fisher(stage.model, stage.tasks[stage.index]["train"][:FISHER_ROWS], self.kind)
             self.penalty.remember(stage.model, fisher)
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.penalty.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.penalty.load_state_dict(state)
-
-
-class LearnWithoutForgetting(Strategy):
+class LwF(Strategy):
     """Distillation: on the rows of a new task, the heads of old tasks go on saying what they said before it.
 
     Args:
@@ -243,7 +225,7 @@ class Replay(Strategy):
     def before(self, stage: Stage) -> None:
         super().before(stage)
         if stage.index:
-            memory = Memory(int(self.strength), self.kind, seed=self.seed)
+            memory = ReplayBuffer(int(self.strength), self.kind, seed=self.seed)
             for task in stage.tasks[: stage.index]:  # made anew, which gives the same one and needs no file
                 memory.add(task["train"])
             stage.rows = mix(stage.rows, memory.rows, seed=self.seed + stage.index)
@@ -310,7 +292,7 @@ class LoRAPerTask(LoRA):
         model.network.set_adapter(self._name(task))
 
 
-class Average(Strategy):
+class WiSEFT(Strategy):
     """WiSE-FT: after each task but the first, the weights are averaged with those from before it.
 
     Args:
@@ -334,14 +316,14 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "joint": Joint,
     "frozen": Frozen,
     "low_rate": LowRate,
-    "l2sp": HoldToStart,
-    "ewc": Consolidation,
-    "lwf": LearnWithoutForgetting,
+    "l2sp": L2SPStrategy,
+    "ewc": EWCStrategy,
+    "lwf": LwF,
     "replay": Replay,
     "replay_distillation": ReplayDistillation,
     "lora": LoRA,
     "lora_per_task": LoRAPerTask,
-    "wise_ft": Average,
+    "wise_ft": WiSEFT,
 }
 
 

@@ -20,7 +20,7 @@ class CachedPairs(Sequence):
 
     Args:
         rows: the pairs as they were.
-        features: by tower ("text", "image"), float32 of shape (views, N, width). Of several views of a picture one is
+        features: by tower ("text", "image"), float32 of shape (views, N, width). Of several views of an image one is
             drawn at each reading, from torch's global generator, that ``fit`` seeds.
     """
 
@@ -68,15 +68,15 @@ def cache_towers(
     Args:
         model: with one tower locked, or both; see ``TwoTowers.lock``.
         data: rows by split, from ``encode_pairs``.
-        views: versions of each picture that are kept where rows are augmented.
+        views: versions of each image that are kept where rows are augmented.
         batch_size: rows a forward pass.
-        seed: of how pictures are augmented.
+        seed: of how images are augmented.
 
     Returns:
         The rows of each split for the same model.
 
     Raises:
-        ValueError: no tower is locked, or several views are asked for and no picture is augmented.
+        ValueError: no tower is locked, or several views are asked for and no image is augmented.
     """
     locked = [tower for tower in FEATURES if not any(p.requires_grad for p in getattr(model, tower).parameters())]
     if not locked:
@@ -103,7 +103,7 @@ def _features(model: TwoTowers, tower: str, rows: PairRows, batch_size: int) -> 
         source: Sequence[Any] = [rows.tokens[i] for i in first]
         lengths = rows.lengths[first]
     else:
-        source, place, lengths = _Pictures(rows), np.arange(len(rows)), np.ones(len(rows), dtype=np.int64)
+        source, place, lengths = _Images(rows), np.arange(len(rows)), np.ones(len(rows), dtype=np.int64)
     found = np.empty((len(source), encoder.width), dtype=np.float32)
     with eval_mode(encoder):
         for indices in evaluation_batches(lengths, batch_size):
@@ -111,8 +111,8 @@ def _features(model: TwoTowers, tower: str, rows: PairRows, batch_size: int) -> 
     return found[place]
 
 
-class _Pictures(Sequence):
-    """Rows with nothing but the picture."""
+class _Images(Sequence):
+    """Rows with nothing but the image."""
 
     def __init__(self, rows: PairRows) -> None:
         self.rows = rows

@@ -12,7 +12,7 @@ PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 def clip_loss(
     text: Tensor, image: Tensor, logit_scale: Tensor, groups: Tensor | None = None, *, normalise: bool = True
 ) -> Tensor:
-    """The symmetric InfoNCE loss of CLIP (Radford et al., 2021): each text finds its picture, each picture its text.
+    """The symmetric InfoNCE loss of CLIP (Radford et al., 2021): each text finds its image, each image its text.
 
     A model that knows nothing scores ln B.
 

@@ -17,24 +17,24 @@ SHORT = 32  # characters of a caption beside a heat map
 
 LEGIBLE = 8  # pairs up to which the cells of a heat map have room for their numbers
 
-HEAD = 0.85  # of a cell's side, covered by the picture above it
+HEAD = 0.85  # of a cell's side, covered by the image above it
 
 NAMED = 12  # captions that an alt text names, at most
 
 
 def gallery(pairs: Pairs, *, columns: int = 6, titles: Sequence[str] | None = None) -> Figure:
-    """Pictures in a grid, each with its caption below.
+    """Images in a grid, each with its caption below.
 
     Args:
-        pairs: N pictures and captions.
-        columns: pictures in a row, at most.
-        titles: N texts that stand above the pictures.
+        pairs: N images and captions.
+        columns: images in a row, at most.
+        titles: N texts that stand above the images.
 
     Raises:
-        ValueError: there are no pictures, or not as many titles.
+        ValueError: there are no images, or not as many titles.
     """
     if not len(pairs):
-        raise ValueError("There are no pictures to show.")
+        raise ValueError("There are no images to show.")
     titles = _as_many("titles", titles, len(pairs))
     columns = min(columns, len(pairs))
     rows = -(-len(pairs) // columns)
@@ -45,23 +45,23 @@ def gallery(pairs: Pairs, *, columns: int = 6, titles: Sequence[str] | None = No
         drawn, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
         for ax in grid.flat:
             ax.set_axis_off()
-        for i, (ax, picture, text) in enumerate(zip(grid.flat, pairs.pictures, below, strict=False)):
-            ax.imshow(picture)
+        for i, (ax, image, text) in enumerate(zip(grid.flat, pairs.images, below, strict=False)):
+            ax.imshow(image)
             ax.text(0.5, -0.04, text, transform=ax.transAxes, ha="center", va="top", fontsize=8, parse_math=False)
             if titles:
                 ax.set_title(titles[i], fontsize=9, parse_math=False)
     names = [f"{title}: {caption}" for title, caption in zip(titles, pairs.captions, strict=True)] if titles else None
     table = pd.DataFrame({**({"title": titles} if titles else {}), "caption": pairs.captions})
-    return Figure(drawn, f"Gallery of {len(pairs)} pictures: {_named(names or pairs.captions)}.", table)
+    return Figure(drawn, f"Gallery of {len(pairs)} images: {_named(names or pairs.captions)}.", table)
 
 
 def similarity(
     similarities: ArrayLike, pairs: Pairs, *, label: str = "cosine", limits: tuple[float, float] | None = None
 ) -> Figure:
-    """How near each text (row) is to each picture (column), as a heat map; a frame where they are a pair.
+    """How near each text (row) is to each image (column), as a heat map; a frame where they are a pair.
 
     Args:
-        similarities: shape (B, B), of texts by pictures.
+        similarities: shape (B, B), of texts by images.
         pairs: the B pairs, in that order.
         label: what the values are.
         limits: values of the lightest and of the darkest shade; None takes the smallest and the largest.
@@ -81,25 +81,25 @@ def similarity(
             # inside the frame's line, or the frames of neighbours would overlap
             frame = plt.Rectangle((i - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor=COLOURS[1], lw=2)
             ax.add_patch(frame)
-            _put_above(ax, pairs.pictures[i], i, HEAD * 72 * cell)
+            _put_above(ax, pairs.images[i], i, HEAD * 72 * cell)
         if count <= LEGIBLE:
             for (i, j), value in np.ndenumerate(values):
                 colour = "white" if value - low > 0.6 * (high - low) else "black"
                 ax.text(j, i, f"{value:z.2f}", ha="center", va="center", color=colour, fontsize=9)
         rows = [text if len(text) <= SHORT else f"{text[: SHORT - 1].rstrip()}…" for text in pairs.captions]
         ax.set_yticks(range(count), rows, fontsize=min(9, 45 * cell), parse_math=False)
-        ax.set(xticks=[], xlabel="picture (framed: of the same pair)", ylabel="text")
+        ax.set(xticks=[], xlabel="image (framed: of the same pair)", ylabel="text")
         bar = drawn.colorbar(shown, ax=ax, fraction=0.05, pad=0.03, label=label)
         bar.outline.set_visible(False)
     first = int((values.argmax(axis=1) == np.arange(count)).sum())
     own = values.diagonal().mean()
     other = (values.sum() - values.trace()) / max(count * (count - 1), 1)
     alt = (
-        f"Heat map of the {label} of {count} texts with {count} pictures: mean {own:.2f} with their own picture"
+        f"Heat map of the {label} of {count} texts with {count} images: mean {own:.2f} with their own image"
         + (f", {other:.2f} with the others" if count > 1 else "")
         + f"; {first} of {count} texts are nearest to their own. Texts: {_named(pairs.captions)}."
     )
-    table = pd.DataFrame(values, index=pairs.captions, columns=pairs.captions).rename_axis("text \\ picture")
+    table = pd.DataFrame(values, index=pairs.captions, columns=pairs.captions).rename_axis("text \\ image")
     return Figure(drawn, alt, table)
 
 
@@ -125,9 +125,9 @@ def space(
     image: ArrayLike,
     *,
     captions: Sequence[str] | None = None,
-    title: str = "texts and pictures in the common space",
+    title: str = "texts and images in the common space",
 ) -> Figure:
-    """A map of texts and pictures, a thin line between the two of each pair.
+    """A map of texts and images, a thin line between the two of each pair.
 
     Args:
         text, image: their places, shape (N, 2) each, as ``project`` gives them.
@@ -139,13 +139,13 @@ def space(
     """
     text, image = np.asarray(text, dtype=float), np.asarray(image, dtype=float)
     if text.shape != image.shape or text.ndim != 2 or text.shape[1] != 2:
-        raise ValueError(f"Places have shape (N, 2), of texts and of pictures: not {text.shape} and {image.shape}.")
+        raise ValueError(f"Places have shape (N, 2), of texts and of images: not {text.shape} and {image.shape}.")
     captions = _as_many("captions", captions, len(text))
     marker_size = 36 if len(text) <= 200 else 12
     with plt.rc_context(STYLE):
         drawn, ax = plt.subplots(figsize=(6.5, 5))
         ax.plot(*np.stack([text, image]).transpose(2, 0, 1), color="0.6", lw=0.6, alpha=0.7, zorder=1)
-        for places, name, marker, colour in ((text, "text", "o", COLOURS[0]), (image, "picture", "^", COLOURS[1])):
+        for places, name, marker, colour in ((text, "text", "o", COLOURS[0]), (image, "image", "^", COLOURS[1])):
             ax.scatter(*places.T, s=marker_size, marker=marker, color=colour, alpha=0.85, label=name, zorder=2)
         ax.plot([], [], color="0.6", lw=1, label="a pair")
         ax.set(xlabel="first principal direction", ylabel="second principal direction")
@@ -155,10 +155,10 @@ def space(
     within = np.linalg.norm(text - image, axis=1).mean()
     gap = np.linalg.norm(text.mean(axis=0) - image.mean(axis=0))
     alt = (
-        f"{title[:1].upper()}{title[1:]}: a map of {len(text)} pairs. The centres of texts and of pictures are "
-        f"{gap:.2f} apart, a text and its own picture {within:.2f} on average."
+        f"{title[:1].upper()}{title[1:]}: a map of {len(text)} pairs. The centres of texts and of images are "
+        f"{gap:.2f} apart, a text and its own image {within:.2f} on average."
     )
-    table = pd.DataFrame(np.hstack([text, image]), columns=["text 1", "text 2", "picture 1", "picture 2"])
+    table = pd.DataFrame(np.hstack([text, image]), columns=["text 1", "text 2", "image 1", "image 2"])
     return Figure(drawn, alt, table.set_axis(captions, axis=0) if captions else table)
 
 
@@ -199,17 +199,17 @@ def recall(table: pd.DataFrame, *, xlabel: str, guessing: float | None = None) -
     return Figure(drawn, f"Recall by {xlabel}. {'; '.join(told)}.", numbers)
 
 
-def _put_above(ax: plt.Axes, picture: NDArray[np.uint8], column: int, points: float) -> None:
-    """A picture as the head of a column, so many points wide."""
-    image = OffsetImage(picture, zoom=points / len(picture), dpi_cor=True)
+def _put_above(ax: plt.Axes, image: NDArray[np.uint8], column: int, points: float) -> None:
+    """An image as the head of a column, so many points wide."""
+    drawn = OffsetImage(image, zoom=points / len(image), dpi_cor=True)
     place = {"xycoords": ax.get_xaxis_transform(), "boxcoords": "offset points", "box_alignment": (0.5, 0)}
-    ax.add_artist(AnnotationBbox(image, (column, 1), xybox=(0, 4), frameon=False, pad=0, **place))
+    ax.add_artist(AnnotationBbox(drawn, (column, 1), xybox=(0, 4), frameon=False, pad=0, **place))
 
 
 def _as_many(what: str, texts: Sequence[str] | None, count: int) -> list[str]:
     texts = list(texts or [])
     if texts and len(texts) != count:
-        raise ValueError(f"There are {len(texts)} {what} for {count} pictures: give one each.")
+        raise ValueError(f"There are {len(texts)} {what} for {count} images: give one each.")
     return texts
 
 

@@ -14,39 +14,39 @@ from ftkit.metrics import bootstrap_interval
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Each of N texts ranks M pictures; in its place in a study or a panel, its accuracy is the recall at 1.
+    """Each of N texts ranks M images; in its place in a study or a panel, its accuracy is the recall at 1.
 
     Attributes:
-        similarities: of texts (rows) and pictures (columns), shape (N, M).
-        labels: the group of each text, shape (N,): any picture of its group is right.
+        similarities: of texts (rows) and images (columns), shape (N, M).
+        labels: the group of each text, shape (N,): any image of its group is right.
         loss: mean loss, in nats.
-        picture_labels: the group of each picture, shape (M,); None where they are those of the texts, pair by pair.
+        image_labels: the group of each image, shape (M,); None where they are those of the texts, pair by pair.
     """
 
     similarities: NDArray[np.float32]
     labels: NDArray[np.int64]
     loss: float
-    picture_labels: NDArray[np.int64] | None = None
+    image_labels: NDArray[np.int64] | None = None
 
     @cached_property
     def ranks(self) -> NDArray[np.int64]:
-        """The place, from 1, of the best right picture of each text, shape (N,); a wrong one as similar goes before."""
-        right = self.labels[:, None] == (self.labels if self.picture_labels is None else self.picture_labels)
+        """The place, from 1, of the best right image of each text, shape (N,); a wrong one as similar goes before."""
+        right = self.labels[:, None] == (self.labels if self.image_labels is None else self.image_labels)
         best = np.where(right, self.similarities, -np.inf).max(axis=1, keepdims=True)
         return 1 + (~(self.similarities < best) & ~right).sum(axis=1)  # a NaN goes before too
 
     @cached_property
     def turned(self) -> "Retrieval":
-        """The other way around: each picture ranks the texts."""
-        pictures = self.labels if self.picture_labels is None else self.picture_labels
-        return Retrieval(self.similarities.T, pictures, self.loss, self.labels)
+        """The other way around: each image ranks the texts."""
+        images = self.labels if self.image_labels is None else self.image_labels
+        return Retrieval(self.similarities.T, images, self.loss, self.labels)
 
     def found(self, k: int) -> NDArray[np.bool_]:
-        """Whether a right picture is among the first k, for each text, shape (N,)."""
+        """Whether a right image is among the first k, for each text, shape (N,)."""
         return self.ranks <= k
 
     def recall(self, k: int) -> float:
-        """Share of texts with a right picture among the first k."""
+        """Share of texts with a right image among the first k."""
         return float(self.found(k).mean())
 
     @property
@@ -75,11 +75,11 @@ class Retrieval:
             return f"recall at 1, 5, 10: {recalls}; median rank {scores['median_rank']:g}"
 
         count = self.similarities.shape[1]
-        return f"text to picture, {told(self)}; picture to text, {told(self.turned)} (of {count:,})"
+        return f"text to image, {told(self)}; image to text, {told(self.turned)} (of {count:,})"
 
 
 def modality_gap(text: Tensor, image: Tensor) -> float:
-    """Distance, in [0, 2], of the mean text from the mean picture on the sphere (Liang et al., 2022).
+    """Distance, in [0, 2], of the mean text from the mean image on the sphere (Liang et al., 2022).
 
     Args:
         text, image: embeddings, (N, D) each; they are normalised here.

@@ -1,7 +1,7 @@
 """Image-caption pairs as rows of a two-tower model."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -9,9 +9,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from ftkit.data.pairs import Augment, Pairs
 from ftkit.errors import DataError
+from ftkit.models.encoders import ImageEncoder, TextEncoder
 
-if TYPE_CHECKING:
-    from ftkit.contrastive.towers import TwoTowers
+
+class PairModel(Protocol):
+    """What ``encode_pairs`` asks of a model: its two encoders."""
+
+    text: TextEncoder
+    image: ImageEncoder
 
 
 class PairRows(Sequence):
@@ -21,10 +26,10 @@ class PairRows(Sequence):
     of the pair's group: within a batch, equal labels say the same.
 
     Args:
-        pairs: of pictures and captions.
+        pairs: of images and captions.
         tokens: for each pair, the columns of its caption.
-        mean, std: of the pictures' colours in [0, 1], which the image tower was trained with.
-        augment: changes a picture each time it is read, drawing from the generator that it is given; that is seeded
+        mean, std: of the images' colours in [0, 1], which the image tower was trained with.
+        augment: changes an image each time it is read, drawing from the generator that it is given; that is seeded
             from torch's global one, which ``fit`` seeds.
     """
 
@@ -51,10 +56,10 @@ class PairRows(Sequence):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        picture = self.pairs.pictures[index]
+        image = self.pairs.images[index]
         if self.augment is not None:
-            picture = self.augment(picture, np.random.default_rng(int(torch.randint(2**31, ()))))
-        pixels = picture.transpose(2, 0, 1) * self._scale + self._shift
+            image = self.augment(image, np.random.default_rng(int(torch.randint(2**31, ()))))
+        pixels = image.transpose(2, 0, 1) * self._scale + self._shift
         return {**self.tokens[index], "pixel_values": pixels, "labels": int(self.groups[index])}
 
     def take(self, indices: ArrayLike) -> "PairRows":
@@ -66,30 +71,30 @@ class PairRows(Sequence):
 
 
 def encode_pairs(
-    splits: Mapping[str, Pairs], model: "TwoTowers", *, max_length: int = 32, augment: Augment | None = None
+    splits: Mapping[str, Pairs], model: PairModel, *, max_length: int = 32, augment: Augment | None = None
 ) -> dict[str, PairRows]:
-    """Tokenise the captions, and make pictures ready, for a model; print how many captions were cut, if any.
+    """Tokenise the captions, and make images ready, for a model; print how many captions were cut, if any.
 
     Args:
         splits: pairs by split.
         model: whose towers are to read them.
         max_length: tokens kept of a caption, special tokens included.
-        augment: for the pictures of the split "train", changed anew each time they are read.
+        augment: for the images of the split "train", changed anew each time they are read.
 
     Returns:
         The rows of each split.
 
     Raises:
-        DataError: the model does not read so many tokens, or pictures of that size.
+        DataError: the model does not read so many tokens, or images of that size.
     """
     tokenizer, size = model.text.tokenizer, model.image.size
     if max_length > tokenizer.model_max_length:
         raise DataError(f"max_length={max_length} is more than the {tokenizer.model_max_length} tokens it reads")
     encoded, cut = {}, []
     for split, pairs in splits.items():
-        if size is not None and len(pairs) and pairs.pictures.shape[1] != size:
+        if size is not None and len(pairs) and pairs.images.shape[1] != size:
             raise DataError(
-                f"the pictures of '{split}' have {pairs.pictures.shape[1]} pixels a side, and the image tower reads "
+                f"the images of '{split}' have {pairs.images.shape[1]} pixels a side, and the image tower reads "
                 f"{size}: load them with size={size}"
             )
         columns = model.text.tokenize(pairs.captions, max_length) if len(pairs) else {}

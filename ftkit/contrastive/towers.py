@@ -20,7 +20,7 @@ from ftkit.data.pairs import Pairs
 from ftkit.models.encoders import ImageEncoder, TextEncoder, load_clip
 from ftkit.models.modules import eval_mode, seeded
 from ftkit.training.batching import evaluation_batches, make_batch, row_lengths
-from ftkit.training.losses import OwnLoss
+from ftkit.training.losses import ModelWithLoss
 
 START_SCALE, MAX_SCALE = math.log(1 / 0.07), math.log(100)  # of CLIP, as logarithms
 
@@ -31,14 +31,14 @@ FEATURES = {"text": "text_features", "image": "image_features"}  # columns of wh
 
 @dataclass
 class PairOutput:
-    """What two towers give of a batch: the loss, a scalar, and the embeddings of texts and pictures, (B, D) each."""
+    """What two towers give of a batch: the loss, a scalar, and the embeddings of texts and images, (B, D) each."""
 
     loss: Tensor
     text: Tensor
     image: Tensor
 
 
-class TwoTowers(OwnLoss):
+class TwoTowers(ModelWithLoss):
     """A text encoder and an image encoder, a head on each, and the temperature (Radford et al., 2021).
 
     ``fit`` trains it, with the rows of ``encode_pairs`` or, locked towers encoded once, of ``cache_towers``; a batch's
@@ -145,7 +145,7 @@ class TwoTowers(OwnLoss):
     def embed_image(
         self, pixel_values: Tensor | None = None, image_features: Tensor | None = None, **columns: Tensor
     ) -> Tensor:
-        """Embeddings (B, D) of pictures (B, 3, S, S), or of what the locked image tower gave, (B, width)."""
+        """Embeddings (B, D) of images (B, 3, S, S), or of what the locked image tower gave, (B, width)."""
         return self._embed(self.image, self.image_head, {"pixel_values": pixel_values}, image_features)
 
     def _embed(self, tower: nn.Module, head: nn.Module, inputs: dict[str, Tensor], features: Tensor | None) -> Tensor:
@@ -173,7 +173,7 @@ class TwoTowers(OwnLoss):
 
     @torch.inference_mode()
     def encode(self, rows: Sequence[Any], *, batch_size: int = 16) -> tuple[Tensor, Tensor]:
-        """Embeddings of the texts and of the pictures of all rows, in eval mode, on the CPU, (N, D) each."""
+        """Embeddings of the texts and of the images of all rows, in eval mode, on the CPU, (N, D) each."""
         order, texts, images = [], [], []
         with eval_mode(self):
             for indices in evaluation_batches(row_lengths(rows), batch_size):
@@ -197,12 +197,12 @@ class TwoTowers(OwnLoss):
         return torch.cat(embedded)
 
     @torch.inference_mode()
-    def encode_pictures(self, pictures: ArrayLike, *, batch_size: int = 16) -> Tensor:
-        """Embeddings of pictures, uint8 of shape (N, S, S, 3), in eval mode, on the CPU, (N, D)."""
+    def encode_images(self, images: ArrayLike, *, batch_size: int = 16) -> Tensor:
+        """Embeddings of images, uint8 of shape (N, S, S, 3), in eval mode, on the CPU, (N, D)."""
         import pandas as pd
 
-        pictures = np.asarray(pictures)
-        pairs = Pairs(pictures, [""] * len(pictures), pd.DataFrame(index=range(len(pictures))))
+        images = np.asarray(images)
+        pairs = Pairs(images, [""] * len(images), pd.DataFrame(index=range(len(images))))
         most = min(self.text.tokenizer.model_max_length, 32)
         rows, embedded = encode_pairs({"": pairs}, self, max_length=most)[""], [torch.empty(0, self._dim)]
         with eval_mode(self):
@@ -212,12 +212,12 @@ class TwoTowers(OwnLoss):
         return torch.cat(embedded)
 
     def measure(self, rows: Any, batch_size: int) -> Retrieval:
-        """Each caption ranks all pictures of the rows; the loss is that of all rows as one batch, in nats."""
+        """Each caption ranks all images of the rows; the loss is that of all rows as one batch, in nats."""
         text, image = self.encode(rows, batch_size=batch_size)
         with torch.inference_mode():
             ours = [part.to(self.device) for part in (text, image, torch.from_numpy(rows.groups))]
             loss = float(self.pair_loss(*ours))
-        asked, searched = rows.pairs.own_captions, rows.pairs.own_pictures
+        asked, searched = rows.pairs.own_captions, rows.pairs.own_images
         similarities = (text @ image.T).numpy()[np.ix_(asked, searched)]
         return Retrieval(similarities, rows.groups[asked], loss, rows.groups[searched])
 

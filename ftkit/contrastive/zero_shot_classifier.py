@@ -1,7 +1,6 @@
 """Classes recognised by their names; a linear probe beside it."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -9,13 +8,11 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn import functional as F
 
+from ftkit.contrastive.towers import TwoTowers
 from ftkit.metrics import Evaluation
 
-if TYPE_CHECKING:
-    from ftkit.contrastive.towers import TwoTowers
 
-
-def class_embeddings(model: "TwoTowers", names: Sequence[str], templates: Sequence[str] = ("{}",)) -> Tensor:
+def class_embeddings(model: TwoTowers, names: Sequence[str], templates: Sequence[str] = ("{}",)) -> Tensor:
     """An embedding for each class, from its name alone (Radford et al., 2021).
 
     Args:
@@ -39,12 +36,12 @@ def class_embeddings(model: "TwoTowers", names: Sequence[str], templates: Sequen
     return F.normalize(torch.stack(means), dim=-1)
 
 
-def zero_shot(model: "TwoTowers", image: Tensor, labels: ArrayLike, classes: Tensor) -> Evaluation:
-    """Classify pictures by the nearest of the classes' embeddings; no picture of a class was needed.
+def zero_shot(model: TwoTowers, image: Tensor, labels: ArrayLike, classes: Tensor) -> Evaluation:
+    """Classify images by the nearest of the classes' embeddings; no image of a class was needed.
 
     Args:
         model: whose temperature turns similarities into probabilities.
-        image: embeddings of N pictures, (N, D).
+        image: embeddings of N images, (N, D).
         labels: the class of each, shape (N,).
         classes: from ``class_embeddings``, (C, D).
     """

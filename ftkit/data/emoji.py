@@ -178,7 +178,7 @@ def draw(
         rotation: degrees, counter-clockwise.
 
     Returns:
-        RGB pictures of shape (N, size, size, 3).
+        RGB images of shape (N, size, size, 3).
 
     Raises:
         DataError: a size, weight or colour out of range, or a character that the font lacks or leaves blank.
@@ -198,13 +198,13 @@ def draw(
     shapes = _masks(unique, size, weight, float(rotation))
     rows = np.array([number[character] for character in characters], dtype=np.int64)
     inks = np.broadcast_to(np.asarray(ink, dtype=np.int64), (len(rows), 3))
-    pictures = np.empty((len(rows), size, size, 3), dtype=np.uint8)
+    images = np.empty((len(rows), size, size, 3), dtype=np.uint8)
     cover = np.arange(256)[:, None] / 255
     for colour in np.unique(inks, axis=0):
         blend = np.rint(cover * colour + (1 - cover) * np.asarray(paper)).astype(np.uint8)  # (256, 3)
         for i in np.flatnonzero((inks == colour).all(axis=1)):
-            pictures[i] = blend[shapes[rows[i]]]
-    return pictures
+            images[i] = blend[shapes[rows[i]]]
+    return images
 
 
 @functools.lru_cache(maxsize=8)
@@ -249,17 +249,17 @@ def _font(pixels: int, weight: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def jitter(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Turn, shift and scale a picture a little, as an augmentation.
+def jitter(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Turn, shift and scale an image a little, as an augmentation.
 
     Args:
-        picture: shape (S, S, 3).
+        image: shape (S, S, 3).
         rng: draws the rotation (within 10 degrees), the shift (8 % of the side) and the scale (10 %).
 
     Returns:
-        A picture of the same shape; what comes into view has the colour of the corner pixel.
+        An image of the same shape; what comes into view has the colour of the corner pixel.
     """
-    side = len(picture)
+    side = len(image)
     angle = np.deg2rad(rng.uniform(-10, 10))
     right, down = rng.uniform(-0.08, 0.08, size=2) * side
     scale = rng.uniform(0.9, 1.1)
@@ -267,11 +267,11 @@ def jitter(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.u
     # Pillow asks where a pixel of the result comes from, so this is the inverse: shift back, then turn and scale back.
     x, y = middle + right, middle + down
     inverse = (cos, sin, middle - cos * x - sin * y, -sin, cos, middle + sin * x - cos * y)
-    moved = Image.fromarray(picture).transform(
+    moved = Image.fromarray(image).transform(
         (side, side),
         Image.Transform.AFFINE,
         inverse,
         resample=Image.Resampling.BILINEAR,
-        fillcolor=tuple(int(value) for value in picture[0, 0]),
+        fillcolor=tuple(int(value) for value in image[0, 0]),
     )
     return np.array(moved)

@@ -23,19 +23,17 @@ FILE_NAMES = ("file", "filename", "file_name", "image", "picture", "path")
 
 CAPTION_NAMES = ("caption", "captions", "text", "title", "description", "name")
 
-PICTURE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 MAX_PIXELS = 50_000_000
 
-Picture = NDArray[np.uint8]  # shape (S, S, 3)
-
 
 class _OversizedError(ValueError):
-    """A picture of more than MAX_PIXELS."""
+    """An image of more than MAX_PIXELS."""
 
 
-def _decode(source: Path | io.BytesIO, size: int) -> tuple[Picture, str]:
-    """The picture within a white square, and a digest of all its pixels before it was resized."""
+def _decode(source: Path | io.BytesIO, size: int) -> tuple[NDArray[np.uint8], str]:
+    """The image within a white square, and a digest of all its pixels before it was resized."""
     with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
         try:
             opened = Image.open(source)
@@ -44,24 +42,24 @@ def _decode(source: Path | io.BytesIO, size: int) -> tuple[Picture, str]:
     with opened:
         if opened.width * opened.height > MAX_PIXELS:  # the header tells; nothing is decoded yet
             raise _OversizedError
-        picture = ImageOps.exif_transpose(opened)
-    if picture.mode == "F":  # no scale says what is white
+        image = ImageOps.exif_transpose(opened)
+    if image.mode == "F":  # no scale says what is white
         raise ValueError("floating-point pixels")
-    if picture.mode.startswith("I"):  # more than 8 bits of grey, which convert() would clip at 255
-        grey = np.asarray(picture).clip(0, 65535)
-        grey = grey if picture.mode == "I" and grey.max(initial=0) <= 255 else grey // 257
-        picture = Image.fromarray(grey.astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("RGB")
-    digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
-    square = ImageOps.pad(picture, (size, size), method=Image.Resampling.LANCZOS, color="white")
+    if image.mode.startswith("I"):  # more than 8 bits of grey, which convert() would clip at 255
+        grey = np.asarray(image).clip(0, 65535)
+        grey = grey if image.mode == "I" and grey.max(initial=0) <= 255 else grey // 257
+        image = Image.fromarray(grey.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+    square = ImageOps.pad(image, (size, size), method=Image.Resampling.LANCZOS, color="white")
     return np.asarray(square), digest
 
 
-def _try_decode(source: Path | io.BytesIO, size: int) -> tuple[Picture | None, str]:
-    """The picture and its digest, or None and what is wrong with it."""
+def _try_decode(source: Path | io.BytesIO, size: int) -> tuple[NDArray[np.uint8] | None, str]:
+    """The image and its digest, or None and what is wrong with it."""
     try:
         return _decode(source, size)
     except _OversizedError:
@@ -74,8 +72,8 @@ _PROBLEMS = {
     "missing": "files missing",
     "unreadable": "unreadable files",
     "oversized": f"files of more than {MAX_PIXELS // 1_000_000} megapixels",
-    "duplicate": "duplicate pictures (same pixels as an earlier file)",
-    "uncaptioned": "pictures of the folder without a caption",
+    "duplicate": "duplicate images (same pixels as an earlier file)",
+    "uncaptioned": "images of the folder without a caption",
     "empty": "rows without a caption",
     "repeated": "repeated rows",
 }
@@ -98,13 +96,13 @@ def read_folder(
     image: str | None = None,
     caption: str | None = None,
 ) -> tuple[Pairs, list[str]]:
-    """Read the pictures of a folder that a CSV or TSV file gives captions of, one row for each caption.
+    """Read the images of a folder that a CSV or TSV file gives captions of, one row for each caption.
 
-    EXIF orientation is applied, transparency laid onto white, and each picture fitted into a white square without
+    EXIF orientation is applied, transparency laid onto white, and each image fitted into a white square without
     distortion. What cannot be used is left out and reported.
 
     Args:
-        folder: with the pictures, also in folders of it.
+        folder: with the images, also in folders of it.
         captions: the file, in the folder or anywhere; None for the one .csv file of the folder.
         size: pixels along a side.
         image, caption: names of the columns with file names (relative to the folder) and captions; None to have
@@ -122,9 +120,9 @@ def read_folder(
     root = folder.resolve()
     problems: dict[str, list[str]] = defaultdict(list)
     mentioned: set[Path] = set()
-    decoded: dict[Path, Picture | None] = {}
+    decoded: dict[Path, NDArray[np.uint8] | None] = {}
     digests: set[str] = set()
-    used: dict[tuple[str, str], Picture] = {}
+    used: dict[tuple[str, str], NDArray[np.uint8]] = {}
     for name, text in zip(table["label"], table["text"], strict=True):
         path = _inside(root, name)
         if path is None:
@@ -148,14 +146,12 @@ def read_folder(
         elif decoded[path] is not None:
             used[relative, text] = decoded[path]
     problems["missing"] = list(dict.fromkeys(problems["missing"]))
-    pictures = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in PICTURE_TYPES)
-    problems["uncaptioned"] = [
-        path.relative_to(root).as_posix() for path in pictures if path.resolve() not in mentioned
-    ]
+    images = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in IMAGE_TYPES)
+    problems["uncaptioned"] = [path.relative_to(root).as_posix() for path in images if path.resolve() not in mentioned]
     notes = _note({problem: problems[problem] for problem in _PROBLEMS if problems[problem]})
     if len(used) < 2:
         reasons = f" ({'; '.join(notes)})" if notes else ""
-        raise DataError(f"{folder} has {len(used)} usable pairs of picture and caption{reasons}: it needs 2 or more")
+        raise DataError(f"{folder} has {len(used)} usable pairs of image and caption{reasons}: it needs 2 or more")
     facts = pd.DataFrame({"file": [file for file, _ in used]})
     return Pairs(np.stack(list(used.values())), [text for _, text in used], facts), notes
 
@@ -215,12 +211,12 @@ def read_hub_images(
     image: str | None = None,
     caption: str | None = None,
 ) -> tuple[dict[str, Pairs], list[str]]:
-    """Read pictures with captions from the hub; all of its pictures are decoded, and held in memory at that size.
+    """Read images with captions from the hub; all of its images are decoded, and held in memory at that size.
 
     Args:
         source: "owner/name" or "owner/name:config".
-        size: pixels along a side of the square that each picture is fitted into.
-        image: name of the column of pictures; None for the first.
+        size: pixels along a side of the square that each image is fitted into.
+        image: name of the column of images; None for the first.
         caption: name of the column of captions, strings or lists of strings (the first one is taken); None to have it
             guessed.
 
@@ -243,27 +239,27 @@ def read_hub_images(
         raise DataError(f"'{source}' has the splits {', '.join(loaded)}, but none of {', '.join(SPLITS)}")
     notes = [f"split '{split}' left out" for split in loaded if split not in SPLITS]
     image, caption = _hub_columns(loaded[published[0]].features, source, image, caption)
-    notes += [f"pictures from column '{image}', captions from column '{caption}'"]
+    notes += [f"images from column '{image}', captions from column '{caption}'"]
     splits = {}
     for split in published:
         rows = loaded[split].select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
         splits[split], dropped = _hub_pairs(rows, image, caption, size)
         notes += [f"{count:,} {what} rows of {split} left out" for what, count in dropped.items()]
         if not len(splits[split]):
-            raise DataError(f"none of the {len(rows):,} {split} rows of '{source}' has a picture and a caption")
+            raise DataError(f"none of the {len(rows):,} {split} rows of '{source}' has an image and a caption")
     return splits, notes
 
 
 def _hub_columns(features: datasets.Features, source: str, image: str | None, caption: str | None) -> tuple[str, str]:
-    pictures = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
     texts = [column for column, feature in features.items() if _is_text(feature)]
-    image = image or next(iter(pictures), None)
+    image = image or next(iter(images), None)
     caption = caption or _usual(CAPTION_NAMES, texts)
-    for chosen, usable, what in ((image, pictures, "image"), (caption, texts, "caption")):
+    for chosen, usable, what in ((image, images, "image"), (caption, texts, "caption")):
         if chosen not in usable:
             wanted = f"column '{chosen}'" if chosen else "usual column"
             raise DataError(
-                f"'{source}' has no {wanted} of {'pictures' if what == 'image' else 'texts'}, only "
+                f"'{source}' has no {wanted} of {'images' if what == 'image' else 'texts'}, only "
                 f"{', '.join(features)}: name one with {what}="
             )
     return image, caption
@@ -276,7 +272,7 @@ def _is_text(feature: object) -> bool:
 
 def _hub_pairs(rows: datasets.Dataset, image: str, caption: str, size: int) -> tuple[Pairs, dict[str, int]]:
     """The usable pairs, and the count of the others by what is wrong with them."""
-    pictures, captions, dropped = [], [], defaultdict(int)
+    images, captions, dropped = [], [], defaultdict(int)
     for row in rows:
         stored, text = row[image] or {}, row[caption]
         text = (text[0] if text else None) if isinstance(text, list) else text
@@ -284,12 +280,12 @@ def _hub_pairs(rows: datasets.Dataset, image: str, caption: str, size: int) -> t
             dropped["captionless"] += 1
             continue
         content = stored.get("bytes")
-        picture, problem = _try_decode(io.BytesIO(content) if content else Path(stored.get("path") or ""), size)
-        if picture is None:
+        pixels, problem = _try_decode(io.BytesIO(content) if content else Path(stored.get("path") or ""), size)
+        if pixels is None:
             dropped[problem] += 1
             continue
-        pictures.append(picture)
+        images.append(pixels)
         captions.append(text.strip())
     empty = np.empty((0, size, size, 3), dtype=np.uint8)
     facts = pd.DataFrame(index=range(len(captions)))
-    return Pairs(np.stack(pictures) if pictures else empty, captions, facts), dropped
+    return Pairs(np.stack(images) if images else empty, captions, facts), dropped

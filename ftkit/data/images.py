@@ -19,7 +19,7 @@ from ftkit.errors import DataError
 
 PAPERS = ("white", "inverted")
 
-SHARES = {"validation": 0.1, "test": 0.2}  # of the pictures of a source without published splits
+SHARES = {"validation": 0.1, "test": 0.2}  # of the images of a source without published splits
 
 
 def load_images(
@@ -39,22 +39,22 @@ def load_images(
     caption: str | None = None,
     seed: int = 0,
 ) -> dict[str, Pairs]:
-    """Load pictures with captions, split them, and print one line on what was read and left out.
+    """Load images with captions, split them, and print one line on what was read and left out.
 
     Emoji are shuffled by the seed alone: the first `test_rows` are for the test, the next `validation` for the
     validation, the first `rows` of the others for training. No emoji is in two of these. With several inks, each
     training emoji is drawn in all inks but one, and in that one in the split "new_pairs": emoji and ink were both
     seen, never together. An emoji of the test or validation is drawn in one ink, each taking its turn.
 
-    Of a folder, at most 10 % of the pictures are for validation and 20 % for the test, the others for training; so is
-    what a hub data set lacks of these splits cut from its training pictures. No picture is in two splits: where a hub
-    data set has it twice, the test keeps it, then the validation. All captions of a picture are in one split.
+    Of a folder, at most 10 % of the images are for validation and 20 % for the test, the others for training; so is
+    what a hub data set lacks of these splits cut from its training images. No image is in two splits: where a hub
+    data set has it twice, the test keeps it, then the validation. All captions of an image are in one split.
 
     Args:
-        source: "emoji", a folder with pictures and a .csv of captions, or a hub data set ("owner/name" or
+        source: "emoji", a folder with images and a .csv of captions, or a hub data set ("owner/name" or
             "owner/name:config").
-        rows: emoji or pictures wanted for training; None for all there are.
-        validation, test_rows: emoji or pictures for these splits; of a folder or hub data set, at most so many.
+        rows: emoji or images wanted for training; None for all there are.
+        validation, test_rows: emoji or images for these splits; of a folder or hub data set, at most so many.
         size: pixels along a side.
         language: of the captions of emoji, one of ``drawings.LANGUAGES``.
         inks: of emoji, names of ``drawings.INKS``; the captions name them.
@@ -64,7 +64,7 @@ def load_images(
             255 - c while the captions stay.
         captions: the file of captions of a folder; None for its one .csv file.
         image, caption: columns of a folder's captions or of a hub data set; None to have them guessed.
-        seed: decides which emoji or pictures go to which split, and their order.
+        seed: decides which emoji or images go to which split, and their order.
 
     An option that the source has no use for is refused.
 
@@ -142,9 +142,9 @@ def _load_emoji(
         facts.insert(1, "name", facts["emoji"].map(names))
         facts["group"] = pd.Series([emoji.group_of(character) for character in facts["emoji"]], dtype=object)
         ink = [colours[name] for name in facts["ink"]]
-        pictures = emoji.draw(list(facts["emoji"]), ink=ink, paper=background, **style)
+        images = emoji.draw(list(facts["emoji"]), ink=ink, paper=background, **style)
         texts = [emoji.caption(name, ink, language) for name, ink in zip(facts["name"], facts["ink"], strict=True)]
-        splits[split] = Pairs(pictures, texts, facts)
+        splits[split] = Pairs(images, texts, facts)
     noted = [f"names in '{language}'", f"inks {', '.join(inks)}"] if len(inks) > 1 else [f"names in '{language}'"]
     return splits, [f"{len(names):,} emoji", *noted]
 
@@ -166,7 +166,7 @@ def _colours(inks: list[str], paper: str | Ink) -> tuple[dict[str, Ink], Ink]:
 def _cut(
     published: dict[str, Pairs], limits: dict[str, int | None], seed: int, source: str
 ) -> tuple[dict[str, Pairs], list[str]]:
-    """Splits of at most so many pictures, with all their captions; those not published are cut from train."""
+    """Splits of at most so many images, with all their captions; those not published are cut from train."""
     if "train" not in published:
         raise DataError(f"'{source}' has no split 'train', only {', '.join(published)}: take another data set")
     rng = np.random.default_rng(seed)
@@ -175,34 +175,32 @@ def _cut(
     for split in ("test", "validation", "train"):
         own[split] = [key for key in dict.fromkeys(keys.get(split, ())) if key not in taken]
         if lost := sum(key in taken for key in keys.get(split, ())):
-            notes.append(f"{lost:,} {split} rows left out (their pictures are in another split)")
+            notes.append(f"{lost:,} {split} rows left out (their images are in another split)")
         taken.update(own[split])
     shuffled = rng.permutation(own["train"]).tolist()
     if len(shuffled) < 3:
-        raise DataError(f"{source} has {len(shuffled)} different training pictures: it needs 3, one for each split")
+        raise DataError(f"{source} has {len(shuffled)} different training images: it needs 3, one for each split")
     chosen, spare = {}, []
     for split in ("test", "validation"):
         if own[split]:
             chosen[split] = rng.permutation(own[split]).tolist()
             if (more := len(chosen[split]) - limits[split]) > 0:
-                notes.append(f"{more:,} {split} pictures left out (beyond the {limits[split]:,} asked for)")
+                notes.append(f"{more:,} {split} images left out (beyond the {limits[split]:,} asked for)")
         else:
             count = max(1, round(SHARES[split] * len(own["train"])))
             chosen[split], shuffled = shuffled[:count], shuffled[count:]
             spare += chosen[split][limits[split] :]
     chosen["train"] = shuffled + spare
     if limits["train"] is not None and limits["train"] > len(chosen["train"]):
-        raise DataError(
-            f"{source} has {len(chosen['train']):,} training pictures: rows={limits['train']} asks for more"
-        )
+        raise DataError(f"{source} has {len(chosen['train']):,} training images: rows={limits['train']} asks for more")
     splits = {}
     for split in ("train", "validation", "test"):
         origin = split if own[split] else "train"
         place = {key: i for i, key in enumerate(chosen[split][: limits[split]])}
         rows = [i for i, key in enumerate(keys[origin]) if key in place]
         rows.sort(key=lambda i: place[keys[origin][i]])
-        picture_ids = np.array([place[keys[origin][i]] for i in rows], dtype=np.int64)
-        splits[split] = replace(published[origin].take(rows), picture_ids=picture_ids)
+        image_ids = np.array([place[keys[origin][i]] for i in rows], dtype=np.int64)
+        splits[split] = replace(published[origin].take(rows), image_ids=image_ids)
     return splits, notes
 
 
@@ -215,5 +213,5 @@ def _refuse(source: str | Path, **options: Any) -> None:
 
 
 def _keys(pairs: Pairs) -> list[str]:
-    """A digest of each picture: rows of the same picture have the same."""
-    return [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pairs.pictures]
+    """A digest of each image: rows of the same image have the same."""
+    return [hashlib.sha256(image.tobytes()).hexdigest() for image in pairs.images]

@@ -145,10 +145,10 @@ def plain(value: Any, where: str) -> Any:
     raise TypeError(f"{where} is a {type(value).__name__}, which has no JSON form: give a number, text or list.")
 
 
-NAME = "ledger.jsonl"
+LEDGER = "ledger.jsonl"
 
 
-def append(path: Path, entry: Mapping[str, Any]) -> None:
+def append_to_ledger(path: Path, entry: Mapping[str, Any]) -> None:
     """Add a line, on the disk when this returns; several processes may append at once.
 
     Args:
@@ -171,7 +171,7 @@ def append(path: Path, entry: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_ledger(path: Path) -> list[dict[str, Any]]:
     """Every entry, the oldest first; none where there is no file.
 
     A line that can't be read, cut short by a crash, is skipped with a warning.

@@ -294,4 +294,4 @@ Source = Annotated[str, AfterValidator(_source)]  # a data set or a file of the 
 
 ImageModel = Annotated[str, AfterValidator(_known_image_model)]
 
-Images = Annotated[str, AfterValidator(_known_images)]  # pictures with captions
+Images = Annotated[str, AfterValidator(_known_images)]  # images with captions

@@ -8,9 +8,7 @@ from ftkit.lab.schema import Dataset, ImageModel, Images, Model, NotebookSetting
 
 def settings_of(notebook: str | Path) -> type[NotebookSettings] | None:
     """The settings class of a notebook, by its name or path; None for a notebook that has none (not ours)."""
-    from ftkit.lab import settings
-
-    classes = [item for item in vars(settings).values() if isinstance(item, type) and hasattr(item, "NOTEBOOK")]
+    classes = [item for item in globals().values() if isinstance(item, type) and hasattr(item, "NOTEBOOK")]
     return next((cls for cls in classes if Path(notebook).stem == cls.NOTEBOOK), None)
 
 
@@ -223,20 +221,20 @@ class Contrastive(NotebookSettings):
 
     text_model: Model = setting("the text tower: an asset, a hub id or a folder", "minilm")
     image_model: ImageModel = setting("the image tower: efficientnet-lite0, a hub id or a folder", "efficientnet-lite0")
-    images: Images = setting("emoji, a folder of pictures with a CSV of captions, or a hub id", "emoji")
+    images: Images = setting("emoji, a folder of images with a CSV of captions, or a hub id", "emoji")
     rows: int | None = setting("training pairs; None for all there are", None, smoke=96, between=(8, 10_000_000))
     test_rows: int = setting(
-        "pictures to search among, never seen in training", 300, smoke=64, gpu=1000, between=(8, 100_000),
-        unit="pictures",
+        "images to search among, never seen in training", 300, smoke=64, gpu=1000, between=(8, 100_000),
+        unit="images",
     )  # fmt: skip
-    size: int = setting("pixels of a picture's side", 128, smoke=64, gpu=224, between=(32, 1024), unit="pixels")
+    size: int = setting("pixels of an image's side", 128, smoke=64, gpu=224, between=(32, 1024), unit="pixels")
     method: Literal["heads_only", "locked_image", "both", "from_scratch"] = setting("what is trained", "heads_only")
     loss: Literal["clip", "siglip", "one_line"] = setting("of a batch of pairs", "clip")
     head: Literal["linear", "mlp"] = setting("on each tower", "linear")
     dim: int = setting("width of the common space", 128, between=(2, 4096), log=True)
     temperature: float = setting("that training starts with", 0.07, between=(0.01, 1), log=True)
     learn_temperature: bool = setting("or it stays as it is", True)
-    augment: bool = setting("turn, shift and scale the training pictures", False)
+    augment: bool = setting("turn, shift and scale the training images", False)
     lr: float = setting("peak learning rate of the panel's runs", 1e-3, between=(1e-7, 1), log=True)
     num_epochs: int = setting("passes over the training pairs", 15, smoke=6, between=(1, 1000), unit="epochs")
     batch_size: int = setting("pairs a step, each other's negatives", 64, gpu=256, between=(2, 65536), log=True)

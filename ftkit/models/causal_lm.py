@@ -91,7 +91,7 @@ def _virtual_tokens(lm: nn.Module) -> tuple[int, bool]:
     return config.num_virtual_tokens, True
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, chat: bool = False) -> list[list[int]]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, chat: bool = False) -> list[list[int]]:
     """Token ids of texts that something follows: the token for the beginning, where the model has one, and no end.
 
     Args:

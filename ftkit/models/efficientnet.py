@@ -25,7 +25,7 @@ class EfficientNet(nn.Module):
 
     Attributes:
         width: of the features, 1280.
-        mean, std: per channel, for pictures in [0, 1].
+        mean, std: per channel, for images in [0, 1].
     """
 
     width = 1280
@@ -56,7 +56,7 @@ class EfficientNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # 1.6 times as fast on a CPU, in training too
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encode pictures.
+        """Encode images.
 
         Args:
             pixel_values: (B, 3, H, W) float, normalised; any size, best a multiple of 32, as in training (224).
@@ -80,7 +80,7 @@ class EfficientNet(nn.Module):
 
 
 class _Convolution(nn.Conv2d):
-    """A convolution with the batch norm after it, padded as the library's is for pictures of 224 pixels."""
+    """A convolution with the batch norm after it, padded as the library's is for images of 224 pixels."""
 
     def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         fused = fuse_conv_bn_eval(convolution, norm)

@@ -97,7 +97,7 @@ class TextEncoder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """A network that gives each picture one vector.
+    """A network that gives each image one vector.
 
     A vision transformer gives its ``pooler_output`` where it was trained with one, else the mean over its patches.
 
@@ -105,7 +105,7 @@ class ImageEncoder(nn.Module):
         network: an ``EfficientNet`` or a vision model of transformers.
         width: of the vectors.
         size: pixels of the side that it wants, or None where any size goes.
-        mean, std: per channel, for pictures in [0, 1].
+        mean, std: per channel, for images in [0, 1].
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class ImageEncoder(nn.Module):
         self.train(was_training)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encode pictures.
+        """Encode images.
 
         Args:
             pixel_values: (B, 3, S, S) float, normalised with ``mean`` and ``std``.
@@ -156,7 +156,7 @@ def load_text_encoder(
     """Load a text encoder.
 
     Args:
-        name: the asset "minilm", a folder, or a hub id; of a model of texts and pictures, the text half is taken.
+        name: the asset "minilm", a folder, or a hub id; of a model of texts and images, the text half is taken.
         pretrained: False gives the same architecture with random weights.
         dropout: probability, in [0, 1), for every dropout layer; None leaves the checkpoint's.
         seed: of random weights.
@@ -189,18 +189,18 @@ def load_image_encoder(name: str | Path, *, pretrained: bool = True, size: int =
 
     Args:
         name: "efficientnet-lite0" (Tan and Le, 2019); "small-vit", a vision transformer (Dosovitskiy et al., 2021)
-            of 4 layers of width 128; a folder, or a hub id, of a vision model. Of a model of texts and pictures, the
-            half for pictures is taken.
+            of 4 layers of width 128; a folder, or a hub id, of a vision model. Of a model of texts and images, the
+            half for images is taken.
         pretrained: False gives the same architecture with random weights; "small-vit" has no others, whatever this
             says.
-        size: pixels of the side of the pictures for "small-vit", a multiple of 16; the others have their own.
+        size: pixels of the side of the images for "small-vit", a multiple of 16; the others have their own.
         seed: of random weights.
 
     Returns:
         The encoder in float32 on the device that ``choose_device`` names, in eval mode.
 
     Raises:
-        ModelError: no such model, none that sees pictures, or a size that "small-vit" can't have.
+        ModelError: no such model, none that sees images, or a size that "small-vit" can't have.
         AssetError: the weights of an asset can't be had.
     """
     device = choose_device().device
@@ -228,7 +228,7 @@ def load_clip(name: str | Path) -> tuple[TextEncoder, ImageEncoder, nn.Linear, n
 
     Returns:
         The text encoder; the image encoder; the projection of texts, (text width) -> (D,); the projection of
-        pictures, (image width) -> (D,); the logarithm of the factor on the cosines. All in float32 on the device that
+        images, (image width) -> (D,); the logarithm of the factor on the cosines. All in float32 on the device that
         ``choose_device`` names, in eval mode.
 
     Raises:
@@ -244,8 +244,8 @@ def load_clip(name: str | Path) -> tuple[TextEncoder, ImageEncoder, nn.Linear, n
     _refuse_missing(name, info)
     model = model.to(choose_device().device).eval()
     texts = TextEncoder(*_ready(model.text_model, tokenizer, name)).eval()
-    pictures = _image_encoder(model.vision_model, source, options).eval()
-    return texts, pictures, model.text_projection, model.visual_projection, model.logit_scale.item()
+    images = _image_encoder(model.vision_model, source, options).eval()
+    return texts, images, model.text_projection, model.visual_projection, model.logit_scale.item()
 
 
 def _small_vit(size: int, seed: int) -> ViTModel:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from ftkit.models.causal_lm import chat_text, encode_texts, next_token_logits, require_language_model, require_window
+from ftkit.models.causal_lm import chat_text, next_token_logits, require_language_model, require_window, token_ids
 from ftkit.models.kv_cache import takes_cache
 from ftkit.models.modules import eval_mode
 
@@ -101,10 +101,10 @@ def next_tokens(
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
-        return encode_texts(tokenizer, [prompt])[0]
+        return token_ids(tokenizer, [prompt])[0]
     if all(isinstance(token, int) for token in prompt):
         return list(prompt)
-    return encode_texts(tokenizer, [chat_text(tokenizer, prompt)], chat=True)[0]
+    return token_ids(tokenizer, [chat_text(tokenizer, prompt)], chat=True)[0]
 
 
 def _take_tokens(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 
-class PrefixLayer(DynamicLayer):
+class SharedStart(DynamicLayer):
     """The cache of one attention layer for a batch whose rows begin alike.
 
     The beginning's keys and values are held once for all rows and all batches; each row's own stand behind them.
@@ -50,7 +50,7 @@ def takes_cache(model: PreTrainedModel | PeftModel) -> bool:
     return {"past_key_values", "position_ids"} <= set(inspect.signature(model.forward).parameters)
 
 
-def can_share_prefix(model: PreTrainedModel | PeftModel, num_tokens: int) -> bool:
+def can_share_start(model: PreTrainedModel | PeftModel, num_tokens: int) -> bool:
     """Whether the cache of a beginning can stand before many rows, of up to ``num_tokens`` in all, with equal results.
 
     It can where keys and values of each token are all that a layer keeps of a text: not with a recurrent state, nor
@@ -65,7 +65,7 @@ def can_share_prefix(model: PreTrainedModel | PeftModel, num_tokens: int) -> boo
     )
 
 
-def run_prefix(model: PreTrainedModel | PeftModel, ids: list[int]) -> list[DynamicLayer]:
+def run_shared_start(model: PreTrainedModel | PeftModel, ids: list[int]) -> list[DynamicLayer]:
     """The keys and values that each layer computes for the beginning of a text."""
     cache = DynamicCache(config=model.config)
     if ids:  # else it is empty

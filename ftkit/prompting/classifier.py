@@ -12,7 +12,7 @@ from ftkit.models.causal_lm import next_token_logits, require_language_model
 from ftkit.models.loading import name_classes
 
 
-class LabelWordModel(nn.Module):
+class PromptClassifier(nn.Module):
     """Score labels by their words (a verbalizer; Schick and Schütze, 2021), so that ``fit`` and ``evaluate`` take it.
 
     The score of a label is the log of the summed probabilities of its words after the prompt; a word's log-probability

@@ -16,7 +16,7 @@ from ftkit.training.batching import evaluation_batches, make_batch, row_lengths
 Rows = Any  # a datasets.Dataset or a sequence of dicts
 
 
-def random_context(pool: Rows, k: int, *, seed: int = 0) -> list[dict[str, Any]]:
+def random_examples(pool: Rows, k: int, *, seed: int = 0) -> list[dict[str, Any]]:
     """Draw k different rows of the pool, in random order; the seed alone decides.
 
     Raises:
@@ -26,7 +26,7 @@ def random_context(pool: Rows, k: int, *, seed: int = 0) -> list[dict[str, Any]]
     return [dict(pool[int(i)]) for i in np.random.default_rng(seed).permutation(len(pool))[:k]]
 
 
-def balanced_context(pool: Rows, k: int, *, seed: int = 0) -> list[dict[str, Any]]:
+def balanced_examples(pool: Rows, k: int, *, seed: int = 0) -> list[dict[str, Any]]:
     """Draw k different rows, as many of each label as of any other, or one more; in random order, by the seed alone.
 
     Args:
@@ -51,7 +51,7 @@ def balanced_context(pool: Rows, k: int, *, seed: int = 0) -> list[dict[str, Any
     return [dict(pool[int(i)]) for i in rng.permutation(chosen)]
 
 
-def nearest_contexts(pool: Rows, rows: Rows, k: int, *, column: str = "text") -> list[list[dict[str, Any]]]:
+def nearest_examples(pool: Rows, rows: Rows, k: int, *, column: str = "text") -> list[list[dict[str, Any]]]:
     """For each row the k rows of the pool most like it, the most alike last, next to the question (Liu et al., 2022).
 
     Alike is the cosine of two texts' embeddings by ``minilm``. A row of the pool with the very same text is left out.

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ftkit.metrics import Evaluation
 from ftkit.models.causal_lm import next_token_logits, require_language_model
-from ftkit.models.kv_cache import PrefixLayer, can_share_prefix, run_prefix
+from ftkit.models.kv_cache import SharedStart, can_share_start, run_shared_start
 from ftkit.models.modules import eval_mode
 from ftkit.training.batching import collate, evaluation_batches, row_lengths
 
@@ -68,8 +68,8 @@ def score(
     scores = np.empty((len(prompts), len(words)))
     with eval_mode(model):
         prefix = None
-        if can_share_prefix(model, longest):
-            prefix = run_prefix(model, prompts[0][:shared])
+        if can_share_start(model, longest):
+            prefix = run_shared_start(model, prompts[0][:shared])
         else:
             print(f"{type(model).__name__}: rows can't share a cache, each prompt is run whole for each word")
         for indices in evaluation_batches(lengths, batch_size):
@@ -127,7 +127,7 @@ def _run_behind(
     model: PreTrainedModel | PeftModel, prefix: list[DynamicLayer], texts: list[list[int]], words: Words
 ) -> LogProbs:
     """Run what follows the shared beginning in each row, then each word behind the row's own keys and values."""
-    cache = Cache(layers=[PrefixLayer(layer) for layer in prefix])
+    cache = Cache(layers=[SharedStart(layer) for layer in prefix])
     start = cache.get_seq_length()
     batch = collate([{"ids": ids, "mask": [1] * len(ids)} for ids in texts], {})
     ids, mask = (batch[name].to(model.device) for name in ("ids", "mask"))

@@ -12,7 +12,7 @@ from ftkit.models.causal_lm import next_token_logits, require_language_model
 from ftkit.training.batching import IGNORED
 
 
-def encode_answers(
+def encode_completions(
     prompts: Sequence[str], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> datasets.Dataset:
     """Tokenise prompts with their answers, so that the loss is on the answer and on the token that ends it.
@@ -63,8 +63,8 @@ def encode_answers(
     return datasets.Dataset.from_list(rows)
 
 
-class AnswerModel(nn.Module):
-    """A causal language model as ``fit`` trains it on the rows of ``encode_answers``; all that it lets train does.
+class CompletionModel(nn.Module):
+    """A causal language model as ``fit`` trains it on the rows of ``encode_completions``; all that it lets train does.
 
     Only the places where a token of an answer is predicted go through the output layer, the largest of all.
 

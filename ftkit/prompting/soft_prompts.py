@@ -45,7 +45,7 @@ def add_prompt_tuning(
         num_tokens: virtual tokens, n; n H numbers train (H is the width of an embedding).
 
     Returns:
-        The peft model; a LabelWordModel or an AnswerModel around it is what ``fit`` takes.
+        The peft model; a PromptClassifier or an CompletionModel around it is what ``fit`` takes.
 
     Raises:
         ValueError: no causal language model, or one that can't be read so, no words, a number below 1.

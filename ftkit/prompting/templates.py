@@ -11,7 +11,7 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from ftkit.errors import PromptError, nearest
-from ftkit.models.causal_lm import chat_text, encode_texts, require_window
+from ftkit.models.causal_lm import chat_text, require_window, token_ids
 
 Row = Mapping[str, Any]
 
@@ -178,7 +178,7 @@ def encode_prompts(
         _require_plain(row, template, tokenizer)
     words = _encode_words(rows, template, verbalizer, tokenizer)
     texts = [_text(row, shots, template, verbalizer, tokenizer) for row, shots in zip(rows, each, strict=True)]
-    prompts = encode_texts(tokenizer, texts, chat=template.chat)
+    prompts = token_ids(tokenizer, texts, chat=template.chat)
     longest = max(len(ids) for label in words for ids in label)
     require_window(tokenizer, prompts, longest)
     columns = {"input_ids": prompts, "attention_mask": [[1] * len(ids) for ids in prompts]}
@@ -251,13 +251,13 @@ def _encode_words(
     """The tokens that each word adds to a prompt; they must be the same for every row, and no two words alike."""
     rows = rows[:1] if template.chat else rows  # a chat template ends every prompt alike
     ends = [_text(row, (), template, verbalizer, tokenizer) for row in rows]  # what stands before does not matter
-    alone = encode_texts(tokenizer, ends, chat=template.chat)
+    alone = token_ids(tokenizer, ends, chat=template.chat)
     seen: dict[tuple[int, ...], str] = {}
     encoded = []
     for words in verbalizer.by_label.values():
         encoded.append([])
         for word in words:
-            together = encode_texts(tokenizer, [end + word for end in ends], chat=template.chat)
+            together = token_ids(tokenizer, [end + word for end in ends], chat=template.chat)
             added = [tuple(ids[len(prompt) :]) for ids, prompt in zip(together, alone, strict=True)]
             for number, (ids, prompt) in enumerate(zip(together, alone, strict=True)):
                 if ids[: len(prompt)] != prompt or added[number] != added[0] or not added[0]:

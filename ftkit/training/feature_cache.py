@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from ftkit.errors import PrefixError
+from ftkit.errors import FeatureCacheError
 from ftkit.models.architecture import Group, layer_groups
 from ftkit.models.modules import eval_mode
 from ftkit.training.batching import evaluation_batches, make_batch, row_lengths
@@ -57,7 +57,7 @@ def make_storage(shape: tuple[int, int], on_disk: bool, folder: str | Path | Non
     """Room for activations; on disk in a folder of its own, which CachedRows removes in the end.
 
     Raises:
-        PrefixError: the disk has not that much room.
+        FeatureCacheError: the disk has not that much room.
     """
     if not on_disk:
         return np.empty(shape, dtype=np.float32)
@@ -67,13 +67,13 @@ def make_storage(shape: tuple[int, int], on_disk: bool, folder: str | Path | Non
     need, free = math.prod(shape) * 4, shutil.disk_usage(own).free
     if need > free:  # writing to the map of a full disk would end the process
         shutil.rmtree(own)
-        raise PrefixError(
+        raise FeatureCacheError(
             f"The activations need {need / 2**20:.0f} MiB and {free / 2**20:.0f} are free: give another folder=."
         )
     return np.memmap(Path(own) / "states", dtype=np.float32, mode="w+", shape=shape)
 
 
-class Rest(nn.Module):
+class UpperLayers(nn.Module):
     """The trainable layers above a cached prefix; its parameters are those of the whole model, so is what they learn.
 
     Called with a batch of CachedRows, it gives what the whole model gives.
@@ -105,10 +105,12 @@ class Rest(nn.Module):
         """The whole model's output, with logits of shape (B, C).
 
         Raises:
-            PrefixError: something below trains since.
+            FeatureCacheError: something below trains since.
         """
         if any(p.requires_grad for p in self._frozen):
-            raise PrefixError("Layers of the cached prefix train now: call cache_prefix anew or train the whole model.")
+            raise FeatureCacheError(
+                "Layers of the cached prefix train now: call cache_frozen_layers anew or train the whole model."
+            )
         self._states = batch.pop(STATES).to(self._frozen[0].dtype)
         try:
             return self.model(**batch)
@@ -173,14 +175,14 @@ def frozen_body(model: nn.Module) -> nn.Module | None:
 TOLERANCE = 1e-4  # of the logits, relative to the largest: float32 in another order of summation
 
 
-def cache_prefix(
+def cache_frozen_layers(
     model: PreTrainedModel,
     data: Mapping[str, Any],
     *,
     max_memory_mib: float = 1024,
     folder: str | Path | None = None,
     batch_size: int = 32,
-) -> tuple[Rest, dict[str, CachedRows]]:
+) -> tuple[UpperLayers, dict[str, CachedRows]]:
     """Run the frozen lowest layers once over every row, so that training repeats only what trains.
 
     Train the rest with ``fit(rest, data, …)``; the model then has the trained weights, and saves as usual. Where the
@@ -198,7 +200,7 @@ def cache_prefix(
         The rest, and the rows of each split with their activations, float32 of shape (T, H).
 
     Raises:
-        PrefixError: something trains below, nothing is frozen or nothing trains, the rows change from one reading to
+        FeatureCacheError: something trains below, nothing is frozen or nothing trains, the rows change from one reading to
             the next, the architecture does not allow it, or the disk is too full.
         FreezingError: the layers of the model can't be told apart.
     """
@@ -212,7 +214,7 @@ def cache_prefix(
         batch = _batch(model, data[split], sample)
         with _output_forms(model, prefix) as forms:
             logits = model(**batch).logits
-        rest = Rest(model, prefix, above, forms).eval()
+        rest = UpperLayers(model, prefix, above, forms).eval()
         reads = slice(None)
         if above.block is None and not _end_in_padding(model, data):
             reads = _tokens_read(rest, _run_prefix(model, prefix, above, batch), batch, lengths[split][sample])
@@ -229,7 +231,7 @@ def cache_prefix(
             for indices in evaluation_batches(lengths[name], batch_size):
                 states = _run_prefix(model, prefix, above, _batch(model, rows, indices)).float().cpu().numpy()
                 if states.shape[1] not in (1, lengths[name][indices].max()):
-                    raise PrefixError(
+                    raise FeatureCacheError(
                         f"The prefix gives {states.shape[1]} positions for {lengths[name][indices].max()} tokens, "
                         "as with virtual tokens: train the whole model instead."
                     )
@@ -243,17 +245,21 @@ def _cut(model: nn.Module) -> tuple[list[Group], Group]:
     """The frozen lowest groups, and the group above them."""
     groups = layer_groups(model)
     if any(group.name.startswith("decoder ") for group in groups):
-        raise PrefixError("An encoder-decoder has two inputs and no one prefix: train the whole model instead.")
+        raise FeatureCacheError("An encoder-decoder has two inputs and no one prefix: train the whole model instead.")
     trains = [any(p.requires_grad for p in group.parameters.values()) for group in groups]
     if not any(trains):
-        raise PrefixError("There is no rest to train, all parameters are frozen: call freeze(model, train=1) or more.")
+        raise FeatureCacheError(
+            "There is no rest to train, all parameters are frozen: call freeze(model, train=1) or more."
+        )
     if trains[0]:
         names = [name for name, p in groups[0].parameters.items() if p.requires_grad]
-        raise PrefixError(
+        raise FeatureCacheError(
             f"The embeddings train ({names[0]}), so that nothing below is fixed: freeze the lowest layers first."
         )
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise PrefixError("Gradient checkpointing runs the layers twice: call model.gradient_checkpointing_disable().")
+        raise FeatureCacheError(
+            "Gradient checkpointing runs the layers twice: call model.gradient_checkpointing_disable()."
+        )
     first = trains.index(True)
     return groups[:first], groups[first]
 
@@ -264,10 +270,10 @@ def _require_still(data: Mapping[str, Any]) -> None:
         for i in range(min(3, len(rows))):
             once, again = dict(rows[i]), dict(rows[i])
             if "input_ids" not in once:
-                raise PrefixError(f"The rows of {split!r} have no input_ids: only token ids can be cached.")
+                raise FeatureCacheError(f"The rows of {split!r} have no input_ids: only token ids can be cached.")
             changed = [key for key in once if not np.array_equal(np.asarray(once[key]), np.asarray(again[key]))]
             if changed or getattr(rows, "format", {}).get("type") == "custom":
-                raise PrefixError(
+                raise FeatureCacheError(
                     f"The rows of {split!r} are made anew at each reading (augmentation), and a cache would keep one "
                     "version for good: train the whole model, or fix the rows."
                 )
@@ -340,7 +346,7 @@ def _run_prefix(model: nn.Module, prefix: Sequence[Group], above: Group, batch: 
 
 
 @torch.enable_grad()
-def _tokens_read(rest: Rest, states: Tensor, batch: Mapping[str, Tensor], lengths: NDArray[np.int64]) -> slice:
+def _tokens_read(rest: UpperLayers, states: Tensor, batch: Mapping[str, Tensor], lengths: NDArray[np.int64]) -> slice:
     """Which tokens of a row the head reads, by its gradient: the first, the last, or else all."""
     states = states.detach().requires_grad_()
     logits = rest(**{STATES: states}, **batch).logits
@@ -364,12 +370,12 @@ def _cut_row(row: dict[str, Any], length: int, reads: slice) -> dict[str, Any]:
     return {key: value[reads] if np.ndim(value) and len(value) == length else value for key, value in row.items()}
 
 
-def _require_equal(rest: Rest, rows: CachedRows, sample: NDArray[np.int64], logits: Tensor) -> None:
+def _require_equal(rest: UpperLayers, rows: CachedRows, sample: NDArray[np.int64], logits: Tensor) -> None:
     """Refuse a cache that does not give what the whole model gives."""
     ours = rest(**_batch(rest, rows, sample)).logits
     difference = float((ours - logits).abs().max() / logits.abs().max().clamp(min=1))
     if not difference < TOLERANCE:
-        raise PrefixError(
+        raise FeatureCacheError(
             f"With a cached prefix the logits of {type(rest.model).__name__} differ by {difference:.1e}: "
             "its layers are not a chain; train the whole model instead."
         )

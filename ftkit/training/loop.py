@@ -29,8 +29,8 @@ from ftkit.training.batching import (
     training_batches,
 )
 from ftkit.training.callbacks import Callback
-from ftkit.training.losses import OwnLoss, Penalty, make_class_weights
-from ftkit.training.monitor import Bar, Meter
+from ftkit.training.losses import ModelWithLoss, Penalty, make_class_weights
+from ftkit.training.monitor import Meter, ProgressBar
 from ftkit.training.state import History, TrainingRun, TrainSettings
 
 
@@ -46,7 +46,7 @@ def fit(
 
     Args:
         model: called as ``model(**batch)`` without the labels; gives an object with ``logits`` of shape (N, C): for N
-            rows, or for the N tokens that are labelled; an ``OwnLoss`` gives its loss instead. What has
+            rows, or for the N tokens that are labelled; an ``ModelWithLoss`` gives its loss instead. What has
             ``requires_grad`` is trained; modules whose parameters are all frozen run in eval mode.
         data: rows by split, as ``encode`` makes them: "train" and, if there is one, "validation". A row is a dict of
             numbers and sequences; its ``labels`` are its class, or one a token, those of -100 left out.
@@ -61,7 +61,7 @@ def fit(
         TrainingError: a loss that is not finite, memory that does not suffice, nothing to train, class weights where
             there are no classes.
     """
-    if isinstance(model, OwnLoss) and (settings.label_smoothing or settings.class_weights is not None):
+    if isinstance(model, ModelWithLoss) and (settings.label_smoothing or settings.class_weights is not None):
         raise TrainingError(f"{type(model).__name__} has a loss of its own: set label_smoothing 0, class_weights None.")
     accelerator = _accelerator(settings.precision)
     set_seed(settings.seed)
@@ -80,7 +80,7 @@ def fit(
     batches_a_step = settings.accumulation * accelerator.num_processes
     steps_an_epoch = math.ceil(math.ceil(len(lengths) / settings.batch_size) / batches_a_step)
     run = TrainingRun(model, data, settings, optimizer, total_steps=steps_an_epoch * settings.num_epochs)
-    bar = Bar(run.total_steps, "training")
+    bar = ProgressBar(run.total_steps, "training")
     meter = Meter()
     try:
         with meter:
@@ -105,7 +105,7 @@ def fit(
                             _require_finite("gradient norm", grad_norm, run, group)
                         take_step()
                     optimizer.optimizer.zero_grad(set_to_none=True)
-                    if isinstance(model, OwnLoss):
+                    if isinstance(model, ModelWithLoss):
                         model.after_step()
                     run.step += 1
                     run.history.steps.append(
@@ -154,7 +154,7 @@ def evaluate(model: nn.Module, rows: Any, *, batch_size: int = 64) -> Evaluation
     """
     if has_token_labels(rows):
         raise ValueError("These rows have a label a token, and no class: measure them with token_loss.")
-    if isinstance(model, OwnLoss):
+    if isinstance(model, ModelWithLoss):
         with eval_mode(model):
             return model.measure(rows, batch_size)
     device = next(model.parameters()).device
@@ -176,7 +176,7 @@ def token_loss(model: nn.Module, rows: Any, *, batch_size: int = 8) -> float:
 
     Args:
         model: as for ``fit``; it is left in the mode it was in.
-        rows: one split of rows with a label a token, as ``encode_answers`` makes them.
+        rows: one split of rows with a label a token, as ``encode_completions`` makes them.
         batch_size: rows a forward pass, few, for the logits (labelled tokens x vocabulary) of a batch are in memory.
     """
     device = next(model.parameters()).device
@@ -284,7 +284,9 @@ def _plain_errors(run: TrainingRun) -> Iterator[None]:
             raise
         size, batches = run.settings.batch_size, run.settings.accumulation
         advice = f"try batch_size={size // 2} with accumulation={batches * 2}, which trains the same"
-        if isinstance(run.model, OwnLoss):  # its rows may be of one loss, like pairs that are each other's negatives
+        if isinstance(
+            run.model, ModelWithLoss
+        ):  # its rows may be of one loss, like pairs that are each other's negatives
             advice = run.model.memory_advice
         elif size == 1:
             advice = "try shorter texts (max_length) or a smaller model"
@@ -315,7 +317,7 @@ def accumulate_gradients(
     mean_loss = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(batches):
         with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(wrapped):
-            if isinstance(run.model, OwnLoss):
+            if isinstance(run.model, ModelWithLoss):
                 outputs = wrapped(**batch)
                 summed = outputs.loss * len(counted[i])
             else:

@@ -32,7 +32,7 @@ def make_class_weights(setting: str | Sequence[float] | None, labels: Sequence[i
     return None if setting is None else torch.tensor(setting)
 
 
-class OwnLoss(nn.Module, ABC):
+class ModelWithLoss(nn.Module, ABC):
     """What ``fit`` and ``evaluate`` ask of such a model, beside a forward pass that gives an object with ``loss``.
 
     ``loss`` is the mean over the rows of the batch, a scalar; the loop does not look at logits or labels then.

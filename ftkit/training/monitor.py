@@ -68,7 +68,7 @@ def in_notebook() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
-class Bar:
+class ProgressBar:
     """Shows how far a loop is, and a short text beside it.
 
     Outside of the main thread it is silent: in a notebook it would write into whatever cell runs meanwhile.

@@ -2,14 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    pass
 
 
 class TrainSettings(BaseModel):
@@ -82,7 +79,7 @@ class TrainingRun:
 
     model: nn.Module
     data: Mapping[str, Any]
-    settings: "TrainSettings"
+    settings: TrainSettings
     optimizer: torch.optim.Optimizer
     total_steps: int
     step: int = 0

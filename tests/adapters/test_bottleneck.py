@@ -21,7 +21,7 @@ from tiny_models import (
 from torch.nn import functional as F
 from transformers import BloomConfig, BloomForSequenceClassification
 
-from ftkit.adapters.bottleneck import Bottleneck, adapter_names, add_adapters, load_adapters, save_adapters
+from ftkit.adapters.bottleneck import Bottleneck, adapter_names, add_adapters, load_bottleneck, save_bottleneck
 from ftkit.models import architecture
 from ftkit.models.modules import count_parameters
 from ftkit.training.loop import evaluate, fit
@@ -88,10 +88,10 @@ def test_adapters_are_added_trained_saved_and_loaded(family, kind, tmp_path):
         assert adapter.down.weight.grad.any() and adapter.up.weight.grad.any(), name
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
-    assert save_adapters(model, tmp_path / "saved") == tmp_path / "saved"
+    assert save_bottleneck(model, tmp_path / "saved") == tmp_path / "saved"
     saved = load_file(tmp_path / "saved" / "bottleneck.safetensors")
     assert sum(weight.numel() for weight in saved.values()) == count_parameters(model)[0]
-    loaded = load_adapters(plain, tmp_path / "saved")
+    loaded = load_bottleneck(plain, tmp_path / "saved")
     torch.testing.assert_close(logits(loaded, family), after, rtol=0, atol=1e-6)
     assert trainable(loaded).keys() == trainable(model).keys()
     for name, weight in model.state_dict().items():
@@ -147,7 +147,7 @@ def test_fit_trains_the_adapters_and_leaves_the_base(kind, tiny_data):
 def test_the_file_is_small_names_the_classes_and_fits_its_own_base_alone(tmp_path):
     model = make_tiny_bert()
     model.config.id2label = {0: "bad", 1: "good"}
-    save_adapters(add_adapters(model, 4, activation="gelu"), tmp_path)
+    save_bottleneck(add_adapters(model, 4, activation="gelu"), tmp_path)
     settings = json.loads((tmp_path / "bottleneck.json").read_text())
     assert settings == {
         "architecture": "BertForSequenceClassification", "kind": "pfeiffer", "width": 4, "activation": "gelu",
@@ -155,7 +155,7 @@ def test_the_file_is_small_names_the_classes_and_fits_its_own_base_alone(tmp_pat
     }  # fmt: skip
     numbers = 2 * (2 * 32 * 4 + 4 + 32) + 2 * 32 + 2
     assert (tmp_path / "bottleneck.safetensors").stat().st_size < 4 * numbers + 2000
-    loaded = load_adapters(make_tiny_bert(), tmp_path)
+    loaded = load_bottleneck(make_tiny_bert(), tmp_path)
     assert loaded.config.id2label == {0: "bad", 1: "good"}
     assert loaded.get_submodule(adapter_names(loaded)[0]).activation == "gelu"
     for other, said in [
@@ -163,17 +163,17 @@ def test_the_file_is_small_names_the_classes_and_fits_its_own_base_alone(tmp_pat
         (make_tiny("roberta"), "of a BertForSequenceClassification, this is a RobertaForSequenceClassification"),
     ]:
         with pytest.raises(ValueError, match=said):
-            load_adapters(other, tmp_path)
+            load_bottleneck(other, tmp_path)
         assert not adapter_names(other)
     narrow = make_tiny("bert")
     narrow.config.num_labels = 2
     with pytest.raises(ValueError, match="of a model with other layers"):
-        load_adapters(narrow, tmp_path)
+        load_bottleneck(narrow, tmp_path)
     assert len(trainable(narrow)) == len(list(narrow.parameters()))
     with pytest.raises(ValueError, match="no saved adapters"):
-        load_adapters(make_tiny_bert(), tmp_path / "elsewhere")
+        load_bottleneck(make_tiny_bert(), tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="no bottleneck adapters to save"):
-        save_adapters(make_tiny_bert(), tmp_path)
+        save_bottleneck(make_tiny_bert(), tmp_path)
 
 
 def test_the_seed_gives_the_start_and_leaves_the_global_chance():

@@ -9,14 +9,12 @@ from ftkit.continual.penalties import add_old_logits
 from ftkit.continual.sequence import learn_sequence
 from ftkit.continual.strategies import (
     STRATEGIES,
-    Average,
-    Consolidation,
+    EWCStrategy,
     Frozen,
-    LearnWithoutForgetting,
     LowRate,
-    Replay,
-    ReplayDistillation,
+    LwF,
     Strategy,
+    WiSEFT,
     make_strategy,
 )
 from ftkit.models.modules import snapshot, weight_distance
@@ -121,8 +119,8 @@ def test_the_joint_matrix_has_one_row():
     [
         (lambda: LowRate(1.0), lambda: LowRate(0.01)),
         (lambda: make_strategy("l2sp", 0.0), lambda: make_strategy("l2sp", 10.0)),
-        (lambda: Consolidation(0.0), lambda: Consolidation(1e6)),
-        (lambda: Average(0.0), lambda: Average(0.9)),
+        (lambda: EWCStrategy(0.0), lambda: EWCStrategy(1e6)),
+        (lambda: WiSEFT(0.0), lambda: WiSEFT(0.9)),
     ],
 )
 def test_the_stronger_the_nearer_to_the_first_task(weak, strong):
@@ -141,7 +139,7 @@ def old_head_on_new_rows(strength):
     sequence = make_sequence()
     tasks, model, said, heads = encode(sequence), make_model(sequence, dropout=0), {}, {}
 
-    class Watched(LearnWithoutForgetting):
+    class Watched(LwF):
         def before(self, stage):
             logits = [row["old_logits"][:2] for row in add_old_logits(stage.model, tasks[1]["train"])]
             said[stage.index] = torch.tensor(np.array(logits)).softmax(-1)
@@ -170,64 +168,6 @@ def test_groups_on_top_train_with_the_heads():
         assert {part for part in ("embeddings", "layer.0", "layer.1", "pooler") for n in changed if part in n} == moved
     with pytest.raises(ValueError, match="has 4 groups, and 5 are to train"):
         run_one(Frozen(5))
-
-
-class KilledError(Exception):
-    pass
-
-
-def killed_in(strategy_class, stage_index, step):
-    """The same strategy, that is killed in one step of one task."""
-
-    class Mortal(strategy_class):
-        def before(self, stage):
-            super().before(stage)
-            calls = []
-
-            def bomb(model, batch, outputs):
-                calls.append(0)
-                if stage.index == stage_index and len(calls) == step:
-                    raise KilledError
-                return outputs.logits.new_zeros(())
-
-            stage.penalties.append(bomb)
-
-    Mortal.__name__ = strategy_class.__name__
-    return Mortal
-
-
-@pytest.mark.parametrize(
-    ("strategy", "kind"),
-    [
-        (Consolidation, "many_tasks"),
-        (ReplayDistillation, "growing"),
-        (STRATEGIES["lora_per_task"], "many_tasks"),
-        (Average, "many_domains"),
-    ],
-)
-@pytest.mark.parametrize("where", [(0, 2), (1, 5), (2, 4)])  # in the first epoch, or in the second
-def test_a_killed_sequence_comes_to_the_same_end(tmp_path, strategy, kind, where):
-    settings = SETTINGS.model_copy(update={"keep_best": True})
-    model, whole = run_one(strategy(), kind, settings)
-    with pytest.raises(KilledError):
-        run_one(killed_in(strategy, *where)(), kind, settings, folder=tmp_path)
-    resumed, run = run_one(strategy(), kind, settings, folder=tmp_path)
-    assert np.array_equal(run.matrix().R, whole.matrix().R) and np.array_equal(run.matrix().b, whole.matrix().b)
-    assert run.distances == whole.distances
-    assert [len(history.steps) for history in run.histories] == [6, 6, 6]
-    for name, weights in snapshot(model).items():
-        assert torch.equal(weights, snapshot(resumed)[name]), name
-    _, again = run_one(strategy(), kind, settings, folder=tmp_path)  # of what is finished nothing is trained anew
-    assert np.array_equal(again.matrix().R, whole.matrix().R)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sequence.pt"]
-
-
-def test_a_folder_of_another_run_is_refused(tmp_path):
-    run_one(Replay(4), folder=tmp_path)
-    with pytest.raises(ValueError, match="holds a run with strength=4, this one has 5"):
-        run_one(Replay(5), folder=tmp_path)
-    with pytest.raises(ValueError, match=r"holds a run with lr=0.003"):
-        run_one(Replay(4), settings=SETTINGS.model_copy(update={"lr": 1e-3}), folder=tmp_path)
 
 
 def test_an_interrupted_task_ends_the_sequence():

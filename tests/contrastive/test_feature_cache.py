@@ -47,7 +47,7 @@ def test_features_are_what_the_locked_towers_give(locked: tuple[str, ...]) -> No
 def test_training_on_cached_rows_is_training_on_rows(locked: tuple[str, ...]) -> None:
     """The tower that is read has captions of one length, for cached ones are not batched by length."""
     pairs = make_pairs(40)
-    pairs = Pairs(pairs.pictures, [" ".join(caption.split()[:3]) for caption in pairs.captions], pairs.facts)
+    pairs = Pairs(pairs.images, [" ".join(caption.split()[:3]) for caption in pairs.captions], pairs.facts)
     splits = {"train": pairs.take(range(30)), "validation": pairs.take(range(30, 40))}
     model = make_towers(dropout=0.3).lock(*locked)
     for network in (getattr(model, tower) for tower in BOTH if tower not in locked):
@@ -86,7 +86,7 @@ def test_one_of_several_views_is_drawn() -> None:
     views = cached["train"].features["image"]
     assert views.shape == (3, 12, 16)
     assert all(np.abs(views[i] - views[j]).max() > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2)))
-    assert cached["test"].features["image"].shape == (1, 5, 16)  # test pictures are not augmented
+    assert cached["test"].features["image"].shape == (1, 5, 16)  # test images are not augmented
     torch.manual_seed(0)
     drawn = [cached["train"][4]["image_features"] for _ in range(30)]
     numbers = [int(np.flatnonzero((views[:, 4] == row).all(axis=1))[0]) for row in drawn]
@@ -126,7 +126,7 @@ def test_texts_have_one_view() -> None:
 
 def test_each_caption_is_read_once() -> None:
     pairs = make_pairs(6)
-    pairs = Pairs(pairs.pictures, [pairs.captions[i] for i in (2, 0, 2, 1, 0, 2)], pairs.facts)
+    pairs = Pairs(pairs.images, [pairs.captions[i] for i in (2, 0, 2, 1, 0, 2)], pairs.facts)
     model = make_towers().lock("text")
     read = []
     model.text.register_forward_hook(lambda _, __, output: read.append(len(output)))

@@ -1,4 +1,4 @@
-"""Figures of pictures and texts: their numbers, their words, what is drawn where."""
+"""Figures of images and texts: their numbers, their words, what is drawn where."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -48,41 +48,41 @@ def test_nothing_stays_open_and_axes_are_labelled(name, drawn):
         assert ax.get_xlabel() and ax.get_ylabel() and all(bar.get_ylabel() == "cosine" for bar in bars)
 
 
-def test_a_gallery_has_each_picture_over_its_caption(drawn):
+def test_a_gallery_has_each_image_over_its_caption(drawn):
     figure = FIGURES["gallery"]()
-    assert figure.alt == f"Gallery of 3 pictures: {'; '.join(CAPTIONS)}."
+    assert figure.alt == f"Gallery of 3 images: {'; '.join(CAPTIONS)}."
     assert figure.table["caption"].tolist() == CAPTIONS
     axes = drawn("gallery")
     assert len(axes) == 4 and not axes[3].images
-    for ax, picture, caption in zip(axes, PAIRS.pictures, CAPTIONS, strict=False):
-        assert np.array_equal(ax.images[0].get_array(), picture)
+    for ax, image, caption in zip(axes, PAIRS.images, CAPTIONS, strict=False):
+        assert np.array_equal(ax.images[0].get_array(), image)
         assert ax.texts[0].get_text().replace("\n", " ") == caption
 
 
 def test_titles_of_a_gallery_are_told_and_must_be_as_many():
     figure = contrastive_plots.gallery(PAIRS, titles=["query", "first", "second"])
     assert "first: a dog" in figure.alt and figure.table["title"].tolist() == ["query", "first", "second"]
-    with pytest.raises(ValueError, match="2 titles for 3 pictures"):
+    with pytest.raises(ValueError, match="2 titles for 3 images"):
         contrastive_plots.gallery(PAIRS, titles=["query", "first"])
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         contrastive_plots.gallery(PAIRS.take(np.zeros(len(PAIRS), dtype=bool)))
     many = PAIRS.take([0] * 14)
     assert contrastive_plots.gallery(many).alt.count("a cat") == 12
     assert "and 2 more" in contrastive_plots.gallery(many).alt
 
 
-def test_a_heat_map_has_texts_by_row_and_pictures_by_column(drawn):
+def test_a_heat_map_has_texts_by_row_and_images_by_column(drawn):
     figure = FIGURES["similarity"]()
     assert figure.table.to_numpy().tolist() == SIMILARITIES.tolist()
     assert figure.table.index.tolist() == figure.table.columns.tolist() == CAPTIONS
-    assert "mean 0.70 with their own picture, 0.18 with the others; 2 of 3 texts are nearest" in figure.alt
+    assert "mean 0.70 with their own image, 0.18 with the others; 2 of 3 texts are nearest" in figure.alt
     ax, _ = drawn("similarity")
     assert [label.get_text() for label in ax.get_yticklabels()] == [CAPTIONS[0], f"{CAPTIONS[1][:31]}…", CAPTIONS[2]]
     assert [text.get_text() for text in ax.texts[:3]] == ["0.90", "0.20", "0.10"]
     assert ax.texts[7].get_text() == "0.00"  # not -0.00
     heads = [artist for artist in ax.artists if isinstance(artist, AnnotationBbox)]
     assert [head.xy[0] for head in heads] == [0, 1, 2]
-    assert all(np.array_equal(h.offsetbox.get_data(), p) for h, p in zip(heads, PAIRS.pictures, strict=True))
+    assert all(np.array_equal(h.offsetbox.get_data(), p) for h, p in zip(heads, PAIRS.images, strict=True))
     assert [patch.get_center().tolist() for patch in ax.patches] == [[i, i] for i in range(3)]
 
 

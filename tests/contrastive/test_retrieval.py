@@ -34,12 +34,12 @@ def test_ranks_by_hand() -> None:
 
 def test_turned_ranks_texts_by_columns() -> None:
     found = Retrieval(SIMILARITIES, np.arange(4), 1.5)
-    assert found.turned.ranks.tolist() == [1, 1, 1, 4]  # of the last picture all other texts are more like it
+    assert found.turned.ranks.tolist() == [1, 1, 1, 4]  # of the last image all other texts are more like it
     assert found.turned.loss == 1.5
     assert found.turned.turned.ranks.tolist() == found.ranks.tolist()
 
 
-def test_any_picture_of_the_group_is_right() -> None:
+def test_any_image_of_the_group_is_right() -> None:
     found = Retrieval(SIMILARITIES, np.array([0, 1, 2, 1]), 0.0)
     assert found.ranks.tolist() == [1, 1, 2, 2]
     assert Retrieval(SIMILARITIES, np.zeros(4, dtype=int), 0.0).ranks.tolist() == [1, 1, 1, 1]
@@ -51,8 +51,8 @@ def test_scores_are_named_and_told() -> None:
         "recall_at_1": 0.25, "recall_at_5": 1.0, "recall_at_10": 1.0, "median_rank": 2.5, "loss": 1.5,
     }  # fmt: skip
     assert repr(found) == (
-        "text to picture, recall at 1, 5, 10: 0.250, 1.000, 1.000; median rank 2.5; "
-        "picture to text, recall at 1, 5, 10: 0.750, 1.000, 1.000; median rank 1 (of 4)"
+        "text to image, recall at 1, 5, 10: 0.250, 1.000, 1.000; median rank 2.5; "
+        "image to text, recall at 1, 5, 10: 0.750, 1.000, 1.000; median rank 1 (of 4)"
     )
 
 
@@ -164,9 +164,9 @@ def test_geometry_of_known_points() -> None:
 
 
 def test_zero_shot_and_retrieval_agree_on_a_model() -> None:
-    """Each caption as a class of its own: the nearest class of a picture is the text that it ranks first."""
+    """Each caption as a class of its own: the nearest class of an image is the text that it ranks first."""
     model, pairs = make_towers(), make_pairs(12)
-    image = model.encode_pictures(pairs.pictures)
+    image = model.encode_images(pairs.images)
     classes = class_embeddings(model, pairs.captions)
     found = zero_shot(model, image, np.arange(12), classes)
     turned = Retrieval((classes @ image.T).numpy(), np.arange(12), 0.0).turned

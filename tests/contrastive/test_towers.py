@@ -259,10 +259,10 @@ def test_from_clip_gives_the_logits_of_transformers(tmp_path: Path) -> None:
     pairs = make_pairs(5)
     captions = [caption + " </s>" for caption in pairs.captions]
     tokens = make_word_tokenizer()(captions, padding=True, return_tensors="pt")
-    pixels = torch.from_numpy(pairs.pictures).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = torch.from_numpy(pairs.images).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         theirs = clip(**tokens, pixel_values=pixels, return_loss=True)
-    ours = math.exp(scale) * model.encode_texts(captions) @ model.encode_pictures(pairs.pictures).T
+    ours = math.exp(scale) * model.encode_texts(captions) @ model.encode_images(pairs.images).T
     assert theirs.logits_per_text.std() > 0.01
     torch.testing.assert_close(ours, theirs.logits_per_text, atol=1e-5, rtol=1e-4)
     batch = {**tokens, "pixel_values": pixels}
@@ -272,19 +272,19 @@ def test_from_clip_gives_the_logits_of_transformers(tmp_path: Path) -> None:
 # Encoding ---------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_with_several_captions_is_searched_once_and_right_for_each() -> None:
-    """A perfect model finds all; ten pictures, of which each is there three times, must not crowd the others out."""
+def test_a_image_with_several_captions_is_searched_once_and_right_for_each() -> None:
+    """A perfect model finds all; ten images, of which each is there three times, must not crowd the others out."""
     model, ten = make_towers(dim=10), make_pairs(10)
     numbers = np.arange(30) % 10
     captions = [f"{ten.captions[i]} {k // 10}" for k, i in enumerate(numbers)]
-    pairs = Pairs(ten.pictures[numbers], captions, ten.facts.iloc[numbers], picture_ids=numbers)
+    pairs = Pairs(ten.images[numbers], captions, ten.facts.iloc[numbers], image_ids=numbers)
     rows = encode_pairs({"test": pairs}, model)["test"]
     perfect = torch.eye(10)[numbers]
     model.encode = lambda rows, batch_size: (perfect, perfect)
     found = evaluate(model, rows)
     assert found.similarities.shape == (30, 10)
     assert (found.accuracy, found.turned.accuracy) == (1, 1)
-    shifted = perfect.roll(1, dims=1) + 0.9 * perfect  # the right picture is the second
+    shifted = perfect.roll(1, dims=1) + 0.9 * perfect  # the right image is the second
     model.encode = lambda rows, batch_size: (shifted, perfect)
     assert [evaluate(model, rows).recall(k) for k in (1, 2)] == [0, 1]
     assert [evaluate(model, rows).turned.recall(k) for k in (3, 4)] == [0, 1]  # three captions of another one before
@@ -308,20 +308,20 @@ def test_rows_come_in_the_order_given_whatever_the_batch() -> None:
         assert found.labels.tolist() == pairs.groups.tolist()
         assert found.loss == pytest.approx(clip_loss(text, image, model.logit_scale).item(), abs=1e-4)
         torch.testing.assert_close(model.encode_texts(pairs.captions, batch_size=size), text, atol=1e-5, rtol=0)
-        torch.testing.assert_close(model.encode_pictures(pairs.pictures, batch_size=size), image, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.encode_images(pairs.images, batch_size=size), image, atol=1e-5, rtol=0)
     assert model.training
 
 
-def test_pictures_are_encoded_without_reading_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_encoded_without_reading_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_towers()
-    expected = model.encode_pictures(make_pairs(3).pictures)
+    expected = model.encode_images(make_pairs(3).images)
 
     def refuse(*_: Any, **__: Any) -> Tensor:
         raise AssertionError("the text tower ran")
 
     monkeypatch.setattr(TextEncoder, "forward", refuse)
     model.text.tokenizer.model_max_length = 4
-    assert torch.equal(model.encode_pictures(make_pairs(3).pictures), expected)
+    assert torch.equal(model.encode_images(make_pairs(3).images), expected)
 
 
 # Gradient caching -------------------------------------------------------------------------------------------

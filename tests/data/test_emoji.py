@@ -91,18 +91,18 @@ def test_groups_do_not_overlap_and_hold_what_is_drawn():
 @pytest.mark.parametrize("rotation", [0.0, 30.0])
 @pytest.mark.parametrize("size", [32, 128])
 def test_glyph_is_centred_and_fills_84_percent(size, rotation):
-    pictures = drawings.draw(SOME, size=size, rotation=rotation)
-    assert (pictures.shape, pictures.dtype) == ((5, size, size, 3), np.uint8)
-    for picture in pictures:
-        rows, columns, _ = np.nonzero(picture < 255)
+    images = drawings.draw(SOME, size=size, rotation=rotation)
+    assert (images.shape, images.dtype) == ((5, size, size, 3), np.uint8)
+    for image in images:
+        rows, columns, _ = np.nonzero(image < 255)
         spans = [np.array([axis.min(), axis.max()]) for axis in (rows, columns)]
         assert max(np.ptp(span) + 1 for span in spans) == pytest.approx(0.84 * size, abs=2)
         assert all(abs(span.sum() - (size - 1)) <= 3 for span in spans)
 
 
 def test_every_emoji_leaves_ink_and_shades():
-    pictures = drawings.draw(list(drawings.emoji_names()), size=32)
-    assert (pictures.min(axis=(1, 2, 3)) < 128).all()
+    images = drawings.draw(list(drawings.emoji_names()), size=32)
+    assert (images.min(axis=(1, 2, 3)) < 128).all()
     assert len(np.unique(drawings.draw(["😺"]))) > 50  # antialiased
 
 
@@ -129,8 +129,8 @@ def test_ink_and_paper_mix_by_cover():
 def test_every_emoji_may_have_its_own_ink():
     inks = [drawings.INKS["red"], drawings.INKS["blue"], drawings.INKS["red"]]
     drawn = drawings.draw(["😺", "😺", "🐘"], ink=inks)
-    for picture, character, ink in zip(drawn, ["😺", "😺", "🐘"], inks, strict=True):
-        np.testing.assert_array_equal(picture, drawings.draw([character], ink=ink)[0])
+    for image, character, ink in zip(drawn, ["😺", "😺", "🐘"], inks, strict=True):
+        np.testing.assert_array_equal(image, drawings.draw([character], ink=ink)[0])
     assert (drawn[0] != drawn[1]).any()
 
 
@@ -166,29 +166,29 @@ def test_nothing_is_drawn_of_nothing():
 
 def test_jitter_moves_within_its_bounds_and_fills_with_the_corner():
     size, paper = 100, (10, 20, 30)
-    picture = np.full((size, size, 3), paper, dtype=np.uint8)
-    picture[30:70, 30:70] = 200
-    original, centres, areas = picture.copy(), [], []
+    image = np.full((size, size, 3), paper, dtype=np.uint8)
+    image[30:70, 30:70] = 200
+    original, centres, areas = image.copy(), [], []
     for seed in range(40):
-        moved = drawings.jitter(picture, np.random.default_rng(seed))
-        assert (moved.shape, moved.dtype) == (picture.shape, np.uint8)
+        moved = drawings.jitter(image, np.random.default_rng(seed))
+        assert (moved.shape, moved.dtype) == (image.shape, np.uint8)
         assert all((moved[row, column] == paper).all() for row in (0, -1) for column in (0, -1))
         inside = moved[..., 0] > 105
         centres.append(np.argwhere(inside).mean(axis=0) - 49.5)
         areas.append(inside.mean() / 0.16)
-    np.testing.assert_array_equal(picture, original)
+    np.testing.assert_array_equal(image, original)
     furthest = np.abs(centres).max(axis=0)
     assert (furthest < 8.5).all() and (furthest > 6).all()
     assert 0.79 < min(areas) < 0.87 and 1.13 < max(areas) < 1.23
-    first, again, other = (drawings.jitter(picture, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    first, again, other = (drawings.jitter(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert (first == again).all() and (first != other).any()
 
 
 def test_jitter_turns_by_up_to_10_degrees_either_way():
-    picture = np.zeros((100, 100, 3), dtype=np.uint8)
-    picture[48:52, 20:80] = 255  # a bar, whose slope is the angle
+    image = np.zeros((100, 100, 3), dtype=np.uint8)
+    image[48:52, 20:80] = 255  # a bar, whose slope is the angle
     angles = []
     for seed in range(40):
-        rows, columns = np.nonzero(drawings.jitter(picture, np.random.default_rng(seed))[..., 0] > 127)
+        rows, columns = np.nonzero(drawings.jitter(image, np.random.default_rng(seed))[..., 0] > 127)
         angles.append(np.degrees(np.arctan(np.polyfit(columns, rows, 1)[0])))
     assert -10.5 < min(angles) < -8 and 8 < max(angles) < 10.5

@@ -1,4 +1,4 @@
-"""Pictures of a folder and of the hub: what is read, and a file for each fault that is reported."""
+"""Images of a folder and of the hub: what is read, and a file for each fault that is reported."""
 
 import io
 
@@ -26,7 +26,7 @@ def write(folder, *rows, name="captions.csv", header="file,caption"):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two pictures with a caption each."""
+    """Two images with a caption each."""
     save(tmp_path, "a.png", RED)
     save(tmp_path, "b.png", BLUE)
     write(tmp_path, "a.png,a red square", "b.png,a blue square")
@@ -45,11 +45,11 @@ def test_pairs_are_in_the_order_of_the_rows(folder):
     assert notes == []
     assert pairs.captions == ["a red square", "a blue square", "green", "red, again"]
     assert list(pairs.facts["file"]) == ["a.png", "b.png", "deep/c.png", "a.png"]
-    assert pairs.pictures.shape == (4, 16, 16, 3) and pairs.pictures.dtype == np.uint8
-    assert pairs.pictures[:, 8, 8].tolist() == [list(RED), list(BLUE), [0, 255, 0], list(RED)]
+    assert pairs.images.shape == (4, 16, 16, 3) and pairs.images.dtype == np.uint8
+    assert pairs.images[:, 8, 8].tolist() == [list(RED), list(BLUE), [0, 255, 0], list(RED)]
 
 
-@pytest.mark.parametrize("header", ["filename,text", "Image,Title", "picture,description", "file_name,text"])
+@pytest.mark.parametrize("header", ["filename,text", "Image,Title", "image,description", "file_name,text"])
 def test_usual_columns_are_guessed_wherever_they_are(folder, header):
     write(folder, "x,a.png,one", "y,b.png,two", header=f"id,{header}")
     assert read_folder(folder)[0].captions == ["one", "two"]
@@ -68,7 +68,7 @@ def test_columns_and_file_can_be_named(folder):
 
 def test_every_fault_is_reported_with_count_and_names(folder, monkeypatch):
     monkeypatch.setattr(image_readers, "MAX_PIXELS", 10_000)
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     save(folder, "whole.png", size=(90, 90))
     cut = (folder / "whole.png").read_bytes()
     (folder / "cut.png").write_bytes(cut[: len(cut) // 2])
@@ -86,14 +86,14 @@ def test_every_fault_is_reported_with_count_and_names(folder, monkeypatch):
         f"3 files missing left out: gone.png, {outside}, {'x' * 999}.png",
         "2 unreadable files left out: text.png, cut.png",
         "1 files of more than 50 megapixels left out: huge.png",
-        "1 duplicate pictures (same pixels as an earlier file) left out: again.bmp",
-        "4 pictures of the folder without a caption left out: spare0.jpg, spare1.jpg, spare2.jpg, …",
+        "1 duplicate images (same pixels as an earlier file) left out: again.bmp",
+        "4 images of the folder without a caption left out: spare0.jpg, spare1.jpg, spare2.jpg, …",
         "1 rows without a caption left out: whole.png",
         "1 repeated rows left out: a.png",
     ]
 
 
-def test_oversized_picture_is_not_decoded(folder, monkeypatch):
+def test_oversized_image_is_not_decoded(folder, monkeypatch):
     assert image_readers.MAX_PIXELS == 50_000_000
     save(folder, "huge.png", 0, (10_000, 5_001), mode="1")
     save(folder, "bomb.png", 0, (20_000, 10_000), mode="1")  # which Pillow itself refuses
@@ -124,24 +124,24 @@ def test_folder_without_what_it_needs_is_refused(folder):
 
 def read_one(folder, name):
     write(folder, f"{name},this", "b.png,blue")
-    return read_folder(folder, size=40)[0].pictures[0].astype(int)
+    return read_folder(folder, size=40)[0].images[0].astype(int)
 
 
-def test_picture_is_centred_on_white_without_distortion(folder):
+def test_image_is_centred_on_white_without_distortion(folder):
     save(folder, "wide.png", RED, (80, 40))
-    picture = read_one(folder, "wide.png")
-    assert (picture[:10] == 255).all() and (picture[30:] == 255).all()
-    assert (picture[10:30] == RED).all()
+    image = read_one(folder, "wide.png")
+    assert (image[:10] == 255).all() and (image[30:] == 255).all()
+    assert (image[10:30] == RED).all()
 
 
 def test_orientation_of_the_camera_is_applied(folder):
-    picture = Image.new("RGB", (80, 40), BLUE)
-    picture.paste(RED, (0, 0, 40, 40))  # left half
+    image = Image.new("RGB", (80, 40), BLUE)
+    image.paste(RED, (0, 0, 40, 40))  # left half
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise by 90 degrees: left becomes top
-    picture.save(folder / "turned.png", exif=exif)
-    picture = read_one(folder, "turned.png")
-    assert (picture[5, 20] == RED).all() and (picture[35, 20] == BLUE).all() and (picture[20, 2] == WHITE).all()
+    image.save(folder / "turned.png", exif=exif)
+    image = read_one(folder, "turned.png")
+    assert (image[5, 20] == RED).all() and (image[35, 20] == BLUE).all() and (image[20, 2] == WHITE).all()
 
 
 def test_transparency_goes_onto_white(folder):
@@ -168,10 +168,10 @@ def test_grey_of_more_bits_is_neither_clipped_nor_black(folder):
     pairs, notes = read_folder(folder)
     assert "1 unreadable files left out: a.tif" in notes  # nothing says which of its numbers is white
     assert pairs.captions == ["eight bits", "sixteen bits"]
-    assert (pairs.pictures[0] == 200).all() and (pairs.pictures[1] == 100).all()
+    assert (pairs.images[0] == 200).all() and (pairs.images[1] == 100).all()
 
 
-def test_a_picture_whose_first_row_is_empty_is_still_read(folder):
+def test_a_image_whose_first_row_is_empty_is_still_read(folder):
     save(folder, "c.png", RED)
     write(folder, "a.png,", "c.png,a red square", "b.png,a blue square", "b.png,")
     pairs, notes = read_folder(folder)
@@ -194,10 +194,10 @@ def png(colour):
     return {"bytes": file.getvalue(), "path": None}
 
 
-def hub_split(pictures, captions, text=None):
+def hub_split(images, captions, text=None):
     features = datasets.Features(id=datasets.Value("int64"), photo=datasets.Image())
     features["caption"] = text or datasets.Value("string")
-    rows = {"id": range(len(pictures)), "photo": pictures, "caption": captions}
+    rows = {"id": range(len(images)), "photo": images, "caption": captions}
     return datasets.Dataset.from_dict(rows, features=features)
 
 
@@ -213,7 +213,7 @@ def hub(monkeypatch):
 
 def test_hub_splits_become_pairs(hub):
     held, calls = hub
-    broken = {"bytes": b"no picture", "path": None}
+    broken = {"bytes": b"no image", "path": None}
     held["train"] = hub_split([png(RED), broken, png(BLUE), png(RED), None], ["red", "broken", " blue", "", "none"])
     held["test"] = hub_split([png(BLUE)], ["sea"])
     held["extra"] = hub_split([png(BLUE)], ["left out"])
@@ -221,12 +221,12 @@ def test_hub_splits_become_pairs(hub):
     assert calls == [(("owner/name", "config"), {})]
     assert list(splits) == ["train", "test"]
     assert splits["train"].captions == ["red", "blue"] and splits["test"].captions == ["sea"]
-    assert splits["train"].pictures[:, 10, 10].tolist() == [list(RED), list(BLUE)]
-    assert (splits["train"].pictures[:, 0] == 255).all()
+    assert splits["train"].images[:, 10, 10].tolist() == [list(RED), list(BLUE)]
+    assert (splits["train"].images[:, 0] == 255).all()
     assert len(splits["train"].facts) == 2
     assert notes == [
         "split 'extra' left out",
-        "pictures from column 'photo', captions from column 'caption'",
+        "images from column 'photo', captions from column 'caption'",
         "2 unreadable rows of train left out",
         "1 captionless rows of train left out",
     ]
@@ -243,7 +243,7 @@ def test_hub_columns_that_are_not_there_are_refused(hub):
     with pytest.raises(DataError, match="no usual column of texts, only id, photo, satz: name one with caption="):
         read_hub_images("owner/name")
     assert read_hub_images("owner/name", caption="satz")[0]["train"].captions == ["red"]
-    with pytest.raises(DataError, match="no column 'satz' of pictures"):
+    with pytest.raises(DataError, match="no column 'satz' of images"):
         read_hub_images("owner/name", image="satz", caption="satz")
 
 

@@ -1,4 +1,4 @@
-"""Splits of pictures: disjoint, the same for every size and style, and refused where there are too few."""
+"""Splits of images: disjoint, the same for every size and style, and refused where there are too few."""
 
 import itertools
 
@@ -34,11 +34,11 @@ def test_facts_tell_what_is_drawn():
     test = load_images(**SMALL, language="de", inks=("red",))["test"]
     assert list(test.facts.columns) == ["emoji", "name", "ink", "group"]
     names = drawings.emoji_names("de")
-    for picture, caption, fact in zip(test.pictures, test.captions, test.facts.itertuples(), strict=True):
+    for image, caption, fact in zip(test.images, test.captions, test.facts.itertuples(), strict=True):
         assert fact.name == names[fact.emoji] and fact.ink == "red"
         assert caption == f"{fact.name}, rot"
         assert fact.group == drawings.group_of(fact.emoji)
-        np.testing.assert_array_equal(picture, drawings.draw([fact.emoji], size=16, ink=drawings.INKS["red"])[0])
+        np.testing.assert_array_equal(image, drawings.draw([fact.emoji], size=16, ink=drawings.INKS["red"])[0])
 
 
 def test_splits_depend_on_the_seed_alone():
@@ -72,9 +72,9 @@ def test_paper_and_inversion():
     white, inverted, yellow = (
         load_images(**SMALL, inks=("red",), paper=paper)["test"] for paper in ("white", "inverted", (255, 255, 0))
     )
-    assert (white.pictures[:, 0, 0] == 255).all()
-    assert np.abs(255 - white.pictures.astype(int) - inverted.pictures).max() <= 1  # 1 is rounding
-    assert (yellow.pictures[:, 0, 0] == (255, 255, 0)).all()
+    assert (white.images[:, 0, 0] == 255).all()
+    assert np.abs(255 - white.images.astype(int) - inverted.images).max() <= 1  # 1 is rounding
+    assert (yellow.images[:, 0, 0] == (255, 255, 0)).all()
     assert white.captions == inverted.captions
 
 
@@ -102,7 +102,7 @@ def test_what_cannot_be_drawn_is_refused(options, message):
         load_images(**options)
 
 
-@pytest.mark.parametrize("source", ["emojis", "no/such/folder", "pictures.zip"])
+@pytest.mark.parametrize("source", ["emojis", "no/such/folder", "images.zip"])
 def test_unknown_source_is_refused(source):
     with pytest.raises(DataError, match=f"'{source}' is neither 'emoji' nor a folder nor a hub id"):
         load_images(source)
@@ -113,11 +113,11 @@ def test_unknown_source_is_refused(source):
 
 @pytest.fixture
 def folder(tmp_path):
-    """30 pictures with two captions each."""
+    """30 images with two captions each."""
     lines = ["file,caption"]
     for i in range(30):
         Image.new("RGB", (8, 8), (8 * i, 0, 0)).save(tmp_path / f"{i}.png")
-        lines += [f"{i}.png,picture {i}", f"{i}.png,number {i}"]
+        lines += [f"{i}.png,image {i}", f"{i}.png,number {i}"]
     (tmp_path / "captions.csv").write_text("\n".join([*lines, "gone.png,gone"]))
     return tmp_path
 
@@ -126,7 +126,7 @@ def files(pairs: Pairs) -> list[str]:
     return list(pairs.facts["file"])
 
 
-def test_folder_is_cut_by_picture(folder, capsys):
+def test_folder_is_cut_by_image(folder, capsys):
     splits = load_images(folder, size=16)
     assert {split: len(pairs) for split, pairs in splits.items()} == {"train": 42, "validation": 6, "test": 12}
     assert capsys.readouterr().out == (
@@ -135,30 +135,30 @@ def test_folder_is_cut_by_picture(folder, capsys):
     found = [set(files(pairs)) for pairs in splits.values()]
     assert [len(names) for names in found] == [21, 3, 6] and len(set.union(*found)) == 30
     for pairs in splits.values():
-        for picture, caption, file in zip(pairs.pictures, pairs.captions, files(pairs), strict=True):
+        for image, caption, file in zip(pairs.images, pairs.captions, files(pairs), strict=True):
             number = int(file.removesuffix(".png"))
-            assert caption in (f"picture {number}", f"number {number}") and picture[0, 0, 0] == 8 * number
+            assert caption in (f"image {number}", f"number {number}") and image[0, 0, 0] == 8 * number
     assert files(load_images(str(folder), size=16, seed=1)["test"]) != files(splits["test"])
 
 
-def test_folder_gives_the_pictures_asked_for(folder):
+def test_folder_gives_the_images_asked_for(folder):
     whole, part = load_images(folder, size=16), load_images(folder, size=16, rows=5, validation=2, test_rows=4)
     assert {split: len(pairs) for split, pairs in part.items()} == {"train": 10, "validation": 4, "test": 8}
     for split, pairs in part.items():
         assert files(pairs) == files(whole[split])[: len(pairs)]
-    with pytest.raises(DataError, match="21 training pictures: rows=22 asks for more"):
+    with pytest.raises(DataError, match="21 training images: rows=22 asks for more"):
         load_images(folder, size=16, rows=22)
 
 
-def test_folder_loses_no_picture_to_a_limit(folder):
+def test_folder_loses_no_image_to_a_limit(folder):
     splits = load_images(folder, size=16, validation=2, test_rows=4)
     assert {split: len(pairs) for split, pairs in splits.items()} == {"train": 48, "validation": 4, "test": 8}
     assert len({file for pairs in splits.values() for file in files(pairs)}) == 30
 
 
-def test_captions_of_one_picture_are_one_group(folder):
+def test_captions_of_one_image_are_one_group(folder):
     for pairs in load_images(folder, size=16).values():
-        assert len(pairs.own_captions) == len(pairs) == 2 * len(pairs.own_pictures)
+        assert len(pairs.own_captions) == len(pairs) == 2 * len(pairs.own_images)
         by_file = pd.Series(pairs.groups).groupby(files(pairs)).nunique()
         assert (by_file == 1).all() and len(set(pairs.groups)) == len(by_file)
 
@@ -171,16 +171,16 @@ def test_options_that_mean_nothing_are_refused(folder):
         load_images("emoji", captions="a.csv")
 
 
-def test_folder_of_two_pictures_is_too_small(folder):
+def test_folder_of_two_images_is_too_small(folder):
     (folder / "captions.csv").write_text("file,caption\n1.png,one\n2.png,two\n")
-    with pytest.raises(DataError, match="2 different training pictures: it needs 3"):
+    with pytest.raises(DataError, match="2 different training images: it needs 3"):
         load_images(folder, size=16)
 
 
 def pairs_of(numbers) -> Pairs:
-    pictures = np.zeros((len(numbers), 8, 8, 3), dtype=np.uint8)
-    pictures[:, 0, 0, 0] = numbers
-    return Pairs(pictures, [f"{number}" for number in numbers], pd.DataFrame(index=range(len(numbers))))
+    images = np.zeros((len(numbers), 8, 8, 3), dtype=np.uint8)
+    images[:, 0, 0, 0] = numbers
+    return Pairs(images, [f"{number}" for number in numbers], pd.DataFrame(index=range(len(numbers))))
 
 
 def test_hub_splits_are_kept_and_missing_ones_cut(monkeypatch, capsys):
@@ -197,7 +197,7 @@ def test_hub_splits_are_kept_and_missing_ones_cut(monkeypatch, capsys):
     assert sorted(splits["test"].captions) == ["18", "19", "30", "31"]
     assert len(splits["validation"]) == 2 and len(splits["train"]) == 16
     assert {*splits["train"].captions, *splits["validation"].captions} == {str(i) for i in range(18)}
-    assert "a note; 2 train rows left out (their pictures are in another split); 16 train" in capsys.readouterr().out
+    assert "a note; 2 train rows left out (their images are in another split); 16 train" in capsys.readouterr().out
     published["validation"] = pairs_of([40, 41, 42])
     splits = load_images("owner/name", size=8, validation=2, test_rows=1)
     assert [len(splits[split]) for split in ("train", "validation", "test")] == [18, 2, 1]
@@ -206,8 +206,8 @@ def test_hub_splits_are_kept_and_missing_ones_cut(monkeypatch, capsys):
     splits = load_images("owner/name", size=8, validation=2, test_rows=4)
     assert sorted(splits["test"].captions) == ["18", "19", "30", "31"] and "30" not in splits["validation"].captions
     out = capsys.readouterr().out
-    assert "2 validation rows left out (their pictures are in another split)" in out
-    assert "1 validation pictures left out (beyond the 2 asked for)" in out
+    assert "2 validation rows left out (their images are in another split)" in out
+    assert "1 validation images left out (beyond the 2 asked for)" in out
     published["validation"] = pairs_of([30, 31])  # all of them in the test: cut from train instead
     splits = load_images("owner/name", size=8)
     assert [len(splits[split]) for split in ("train", "validation", "test")] == [16, 2, 4]

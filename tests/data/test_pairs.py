@@ -17,7 +17,7 @@ def test_take_chooses_by_numbers_and_by_mask() -> None:
         taken = pairs.take(chosen)
         assert len(taken) == 2
         assert taken.captions == [pairs.captions[3], pairs.captions[1]]
-        assert np.array_equal(taken.pictures, pairs.pictures[[3, 1]])
+        assert np.array_equal(taken.images, pairs.images[[3, 1]])
         assert taken.facts["colour"].tolist() == pairs.facts["colour"].iloc[[3, 1]].tolist()
         assert taken.facts.index.tolist() == [0, 1]
     mask = np.array([False, True, False, False, True])
@@ -26,29 +26,29 @@ def test_take_chooses_by_numbers_and_by_mask() -> None:
 
 
 def test_groups_are_equal_where_captions_are() -> None:
-    pictures = np.zeros((4, 2, 2, 3), dtype=np.uint8)
-    pairs = Pairs(pictures, ["b", "a", "b", "c"], pd.DataFrame(index=range(4)))
+    images = np.zeros((4, 2, 2, 3), dtype=np.uint8)
+    pairs = Pairs(images, ["b", "a", "b", "c"], pd.DataFrame(index=range(4)))
     assert pairs.groups.tolist() == [1, 0, 1, 2]
     assert pairs.groups.dtype == np.int64
     assert pairs.take([0, 2]).groups.tolist() == [0, 0]
 
 
-def test_groups_join_what_shares_a_picture_or_a_caption() -> None:
-    pictures = np.zeros((6, 2, 2, 3), dtype=np.uint8)
+def test_groups_join_what_shares_a_image_or_a_caption() -> None:
+    images = np.zeros((6, 2, 2, 3), dtype=np.uint8)
     facts = pd.DataFrame(index=range(6))
-    pairs = Pairs(pictures, ["a", "b", "c", "b", "d", "e"], facts, picture_ids=np.array([7, 7, 3, 4, 4, 9]))
+    pairs = Pairs(images, ["a", "b", "c", "b", "d", "e"], facts, image_ids=np.array([7, 7, 3, 4, 4, 9]))
     first, second, third = pairs.groups[0], pairs.groups[2], pairs.groups[5]
     assert pairs.groups.tolist() == [first, first, second, first, first, third]
     assert len({first, second, third}) == 3
-    assert pairs.own_pictures.tolist() == [0, 2, 3, 5]
+    assert pairs.own_images.tolist() == [0, 2, 3, 5]
     assert pairs.own_captions.tolist() == [0, 1, 2, 4, 5]
     taken = pairs.take([4, 0, 2])  # the link between the first two is gone
-    assert taken.picture_ids.tolist() == [4, 7, 3]
+    assert taken.image_ids.tolist() == [4, 7, 3]
     assert len(set(taken.groups)) == 3
-    both = join([pairs, Pairs(pictures[:2], ["f", "g"], facts[:2]), pairs.take([4, 3])])
+    both = join([pairs, Pairs(images[:2], ["f", "g"], facts[:2]), pairs.take([4, 3])])
     assert len(both) == 10
-    assert [len(np.unique(both.picture_ids[part])) for part in (slice(6), slice(6, 8), slice(8, 10))] == [4, 2, 1]
-    assert len(np.unique(both.picture_ids)) == 7
+    assert [len(np.unique(both.image_ids[part])) for part in (slice(6), slice(6, 8), slice(8, 10))] == [4, 2, 1]
+    assert len(np.unique(both.image_ids)) == 7
 
 
 # PairRows ---------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def test_a_row_has_tokens_normalised_pixels_and_its_group() -> None:
         assert row["input_ids"] == [int(word[1:]) for word in pairs.captions[index].split()]
         assert row["attention_mask"] == [1] * len(row["input_ids"])
         assert row["labels"] == pairs.groups[index]
-        expected = ((pairs.pictures[index] / 255 - np.array(MEAN)) / np.array(STD)).transpose(2, 0, 1)
+        expected = ((pairs.images[index] / 255 - np.array(MEAN)) / np.array(STD)).transpose(2, 0, 1)
         assert row["pixel_values"].dtype == np.float32
         np.testing.assert_allclose(row["pixel_values"], expected, atol=1e-6)
     with pytest.raises(IndexError):
@@ -87,7 +87,7 @@ def test_rows_taken_are_the_same_rows() -> None:
             assert np.array_equal(one["pixel_values"], other["pixel_values"])
 
 
-def test_only_training_pictures_are_augmented_and_the_seed_gives_how() -> None:
+def test_only_training_images_are_augmented_and_the_seed_gives_how() -> None:
     data = encode_pairs({"train": make_pairs(4), "test": make_pairs(4)}, make_towers(), augment=brighten)
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -103,18 +103,18 @@ def test_only_training_pictures_are_augmented_and_the_seed_gives_how() -> None:
     assert np.array_equal(plain[0]["pixel_values"], data["test"][0]["pixel_values"])
 
 
-def test_augmenting_leaves_the_pictures_as_they_were() -> None:
+def test_augmenting_leaves_the_images_as_they_were() -> None:
     pairs = make_pairs(3)
-    before = pairs.pictures.copy()
+    before = pairs.images.copy()
     rows = encode_pairs({"train": pairs}, make_towers(), augment=brighten)["train"]
     _ = [rows[i] for i in range(3)]
-    assert np.array_equal(pairs.pictures, before)
+    assert np.array_equal(pairs.images, before)
 
 
 # encode_pairs -----------------------------------------------------------------------------------------------
 
 
-def test_pictures_of_another_size_are_refused() -> None:
+def test_images_of_another_size_are_refused() -> None:
     pairs = make_pairs(2)
     larger = Pairs(np.zeros((2, 16, 16, 3), dtype=np.uint8), pairs.captions, pairs.facts)
     with pytest.raises(DataError, match=r"'test' have 16 pixels a side, and the image tower reads 8.*size=8"):
@@ -134,7 +134,7 @@ def test_more_tokens_than_the_model_reads_are_refused() -> None:
 
 def test_captions_cut_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     model, pairs = make_towers(), make_pairs(3)
-    captions = Pairs(pairs.pictures, ["w3 w4 w5", "w3 w4", "w3 w4 w5 w6"], pairs.facts)
+    captions = Pairs(pairs.images, ["w3 w4 w5", "w3 w4", "w3 w4 w5 w6"], pairs.facts)
     rows = encode_pairs({"train": captions, "test": captions.take([1])}, model, max_length=2)
     assert capsys.readouterr().out == "captions cut at 2 tokens: 2 of 3 train\n"
     assert rows["train"].lengths.tolist() == [2, 2, 2]

@@ -133,7 +133,7 @@ def test_a_reader_turns_trains_and_stops(lab: tuple[str, Path]) -> None:
         expect(rows.nth(1)).to_contain_text("stopped")
         panel.screenshot(path=build / "panel.png")
         browser.close()
-    first, second = results.read(folder / "runs" / "ledger.jsonl")
+    first, second = results.read_ledger(folder / "runs" / "ledger.jsonl")
     assert first["parameters"]["lr"] == 1.5e-4
     assert (first["settings"]["rows"], first["settings"]["num_epochs"]) == (200, 3)
     assert (first["error"], second["ended"]) == (None, "stopped")

@@ -19,7 +19,9 @@ def enter(folder: Path, id: str, settings: dict[str, Any], by_seed: dict[int, fl
     score = {"accuracy": accuracy, "ci95": [accuracy - 0.25, accuracy + 0.125], "seeds": list(by_seed)}
     score |= {"by_seed": list(by_seed.values()), "trainable_parameters": 12770, "seconds": 2.0, "peak_rss_mib": 300}
     entry = {"id": id, "notebook": "tiny", "settings": settings, "metrics": {"linear_probe": score}, "error": None}
-    results.append(folder / results.NAME, entry | {"parameters": {}, "identity": f"identity of {id}"} | other)
+    results.append_to_ledger(
+        folder / results.LEDGER, entry | {"parameters": {}, "identity": f"identity of {id}"} | other
+    )
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def runs_on(pid: int) -> bool:
 
 
 def runs() -> list[dict]:
-    return results.read(Path("out") / results.NAME)
+    return results.read_ledger(Path("out") / results.LEDGER)
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from ftkit.data.pairs import Pairs
 from ftkit.lab.widgets import image_search
-from ftkit.lab.widgets.display import Still
+from ftkit.lab.widgets.display import StaticPreview
 from ftkit.lab.widgets.image_search import SearchBox, search_box
 
 CAPTIONS = ["red <b>", "green", "blue", "red green", "green"]
 COLOURS = [(200, 0, 0), (0, 100, 0), (0, 0, 50), (90, 90, 0), (10, 90, 0)]
-PICTURES = np.array(COLOURS, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2)
-PAIRS = Pairs(PICTURES, CAPTIONS, pd.DataFrame(index=range(5)))
+IMAGES = np.array(COLOURS, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2)
+PAIRS = Pairs(IMAGES, CAPTIONS, pd.DataFrame(index=range(5)))
 
 
 class Colours:
-    """Embeds a picture as its mean colour, and a text as how often it names each; neither is of length 1."""
+    """Embeds an image as its mean colour, and a text as how often it names each; neither is of length 1."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -32,8 +32,8 @@ class Colours:
             raise ValueError("no such <word>")
         return torch.tensor([[float(text.count(name)) for name in ("red", "green", "blue")] for text in texts])
 
-    def encode_pictures(self, pictures) -> Tensor:
-        return torch.tensor(np.asarray(pictures).mean(axis=(1, 2)))
+    def encode_images(self, images) -> Tensor:
+        return torch.tensor(np.asarray(images).mean(axis=(1, 2)))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def cosines(shown: str) -> list[float]:
     return [float(number) for number in re.findall(r"<(?:b|td)>(-?\d\.\d{3})<", shown)]
 
 
-def test_a_sentence_finds_the_nearest_pictures_in_order(box):
+def test_a_sentence_finds_the_nearest_images_in_order(box):
     assert alts(box.found.value) == ["red &lt;b&gt;", "red green", "green"]
     assert cosines(box.found.value) == pytest.approx([1, 0.5**0.5, 10 / (10**2 + 90**2) ** 0.5], abs=1e-3)
     ask(box, "green")
@@ -64,21 +64,21 @@ def test_a_sentence_finds_the_nearest_pictures_in_order(box):
     assert box.status.value == "" and not box.search_button.disabled and not box.sentence.disabled
 
 
-def test_all_captions_of_a_picture_are_its_own(monkeypatch):
+def test_all_captions_of_a_image_are_its_own(monkeypatch):
     monkeypatch.setattr(image_search, "somebody_is_there", lambda: True)
     chosen = [0, 1, 2, 1]
     captions = ["red", "green", "blue", "green green"]
-    pairs = Pairs(PICTURES[chosen], captions, pd.DataFrame(index=range(4)), picture_ids=np.array(chosen))
+    pairs = Pairs(IMAGES[chosen], captions, pd.DataFrame(index=range(4)), image_ids=np.array(chosen))
     box = search_box(Colours(), pairs, opening="green", k=4)
-    assert alts(box.found.value) == ["green", "red", "blue"]  # each picture once
-    assert box.picture.max == 2
-    box.picture.value = 1
+    assert alts(box.found.value) == ["green", "red", "blue"]  # each image once
+    assert box.image.max == 2
+    box.image.value = 1
     assert re.findall("<b>(green[^<]*)</b>", box.told.value) == ["green", "green green"]
 
 
-def test_a_picture_finds_the_nearest_captions_each_once(box):
+def test_a_image_finds_the_nearest_captions_each_once(box):
     assert alts(box.told.value) == ["red &lt;b&gt;"]
-    box.picture.value = 4
+    box.image.value = 4
     assert alts(box.told.value) == ["green"]
     told = re.findall(r'<td style="text-align: left">(.*?)</td>', box.told.value)
     assert told == ["<b>green</b>", "red green", "red &lt;b&gt;"]  # its own is bold, what is written is escaped
@@ -87,7 +87,7 @@ def test_a_picture_finds_the_nearest_captions_each_once(box):
 
 
 def test_pairs_are_encoded_once(box):
-    box.picture.value = 2
+    box.image.value = 2
     ask(box, "blue")
     assert box.model.asked == [["red <b>", "green", "blue", "red green"], ["red"], ["blue"]]
 
@@ -127,9 +127,9 @@ def test_a_click_that_leaves_the_box_searches_once(box, monkeypatch):
     assert box.model.asked.count(["blue"]) == 1
 
 
-def test_nobody_sees_what_the_opening_and_the_first_picture_find():
+def test_nobody_sees_what_the_opening_and_the_first_image_find():
     still = search_box(Colours(), PAIRS, opening="green & red", k=2)
-    assert isinstance(still, Still)
+    assert isinstance(still, StaticPreview)
     shown = still._repr_html_()
     assert "green &amp; red" in shown and "JupyterLab" in shown
     assert alts(shown) == ["red green", "green", "red &lt;b&gt;"]
@@ -137,7 +137,7 @@ def test_nobody_sees_what_the_opening_and_the_first_picture_find():
 
 
 def test_nothing_to_search_among_is_refused_and_few_are_all_shown():
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         search_box(Colours(), PAIRS.take(np.zeros(len(PAIRS), dtype=bool)), opening="red")
     box = SearchBox(Colours(), PAIRS.take([0, 1]), "", 6)
     assert box.found.value == "" and len(cosines(box.told.value)) == 2

@@ -210,7 +210,7 @@ def test_a_run_shows_its_curve_and_joins_table_and_ledger(tmp_path: Path) -> Non
     panel.controls["lr"].widget.value = 1e-3
     train(panel)
 
-    image = BeautifulSoup(panel.curve.picture.value, "html.parser").img
+    image = BeautifulSoup(panel.curve.image.value, "html.parser").img
     assert image["src"].startswith("data:image/png;base64,")
     assert re.search(r"seed 4 \(2 of 2\): loss \d\.\d{3} at step 24 of 24, validation accuracy \d\.\d{3}", image["alt"])
     assert (told(panel.curve.status), role(panel)) == ("Run 1 finished.", "status")
@@ -226,7 +226,7 @@ def test_a_run_shows_its_curve_and_joins_table_and_ledger(tmp_path: Path) -> Non
     assert int(row["peak memory (MiB)"].replace(",", "")) > 100
     assert (row["seeds"], row["ended"]) == ("2", "finished")
 
-    (entry,) = results.read(tmp_path / "runs" / "ledger.jsonl")
+    (entry,) = results.read_ledger(tmp_path / "runs" / "ledger.jsonl")
     assert entry["parameters"] == {"lr": 1e-3, "num_epochs": 2, "seed": 3, "num_seeds": 2}
     assert entry["settings"] == run.settings.model_dump()
     assert entry["metrics"]["panel"] == json.loads(json.dumps(run.entry)) | {"split": "validation"}
@@ -275,7 +275,7 @@ def test_stop_ends_within_one_step_and_keeps_the_run(
     assert rows_of(panel)[0]["ended"] == ended
     assert rows_of(panel)[0]["seeds"] == str(len(taken))
     assert told(panel.curve.status) == f"Run 1 {ended}."
-    (entry,) = results.read(tmp_path / "runs" / "ledger.jsonl")
+    (entry,) = results.read_ledger(tmp_path / "runs" / "ledger.jsonl")
     assert (entry["ended"], entry["error"]) == ("stopped", None)
     assert len(entry["metrics"]["panel"]["by_seed"]) == len(taken)
 
@@ -292,7 +292,7 @@ def test_stop_before_the_first_step_has_nothing_to_keep(tmp_path: Path) -> None:
     panel = Panel(FullFineTuning.at("smoke", num_seeds=3), pressed)
     train(panel)
     assert "nothing to keep" in told(panel.curve.status)
-    assert rows_of(panel) == panel.runs == results.read(tmp_path / "runs" / "ledger.jsonl") == []
+    assert rows_of(panel) == panel.runs == results.read_ledger(tmp_path / "runs" / "ledger.jsonl") == []
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_a_failed_run_says_so_in_a_line_and_the_panel_goes_on(
     assert rows_of(panel)[0]["ended"] == f"failed after 1 of 2 seeds: {line}"
     train(panel)
     assert rows_of(panel)[1]["ended"] == "finished"
-    entries = results.read(tmp_path / "runs" / "ledger.jsonl")
+    entries = results.read_ledger(tmp_path / "runs" / "ledger.jsonl")
     assert [(entry["error"], entry["ended"]) for entry in entries] == [(line, "failed")] * 2 + [(None, "finished")]
     assert entries[0]["metrics"] == {}
     assert entries[1]["metrics"]["panel"]["seeds"] == [0]
@@ -442,7 +442,7 @@ panel(settings, None)
 )
 
 
-def check_picture(outputs: list[Any]) -> None:
+def check_image(outputs: list[Any]) -> None:
     """That there is a still panel, which needs no widget."""
     (output,) = outputs
     assert set(output["data"]) == {"text/plain", "text/html"}
@@ -455,16 +455,16 @@ def check_picture(outputs: list[Any]) -> None:
     assert "JupyterLab" in table.caption.text
 
 
-def test_executed_with_nobody_there_a_picture_stands_in() -> None:
+def test_executed_with_nobody_there_a_image_stands_in() -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     assert "widgets" not in notebook.metadata
-    check_picture(notebook.cells[0].outputs)
+    check_image(notebook.cells[0].outputs)
     assert notebook.cells[1].outputs[0].text == "42\n"
 
 
-def test_under_nbval_a_picture_stands_in(tmp_path: Path) -> None:
-    """nbval compares with what is committed: the picture."""
+def test_under_nbval_a_image_stands_in(tmp_path: Path) -> None:
+    """nbval compares with what is committed: the image."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     nbformat.write(notebook, tmp_path / "with_panel.ipynb")

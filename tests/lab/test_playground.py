@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from ftkit.data.assets.registry import fetch
 from ftkit.lab.widgets import playground as rooms
-from ftkit.lab.widgets.display import Still
+from ftkit.lab.widgets.display import StaticPreview
 from ftkit.lab.widgets.playground import ChatBox, Playground, chat_box, playground
 from ftkit.models.generation import generate
 from ftkit.prompting.scoring import score, to_evaluation
@@ -46,7 +46,7 @@ def send(box: ChatBox) -> None:
 
 def test_nobody_sees_the_most_probable_answer(model, tokenizer) -> None:
     still = chat_box(model, tokenizer, opening="Hello", max_new_tokens=12)
-    assert isinstance(still, Still)
+    assert isinstance(still, StaticPreview)
     said = answer(model, tokenizer, [{"role": "user", "content": "Hello"}])
     box = ChatBox(model, tokenizer, "Hello", 12)
     box.temperature.value = 0

@@ -89,18 +89,18 @@ def run(folder: Path) -> Run:
     (other / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
-        return run_notebook(notebook, {"lr": 3e-4}, tier="smoke", out=folder / "out", html=True, progress=False)
+        return run_notebook(notebook, {"lr": 3e-4}, tier="smoke", out=folder / "out", progress=False)
 
 
 @pytest.fixture(scope="module")
 def page(run: Run) -> BeautifulSoup:
-    return BeautifulSoup(run.report.read_text(encoding="utf-8"), "html.parser")
+    return BeautifulSoup(write_report(run).read_text(encoding="utf-8"), "html.parser")
 
 
 @pytest.fixture(scope="module")
 def failed(folder: Path) -> Run:
     cells = ("## Before", "print('so far')", "## The cause", "{}['nothing']", "## Takeaways", "print('later')")
-    return run_notebook(write_notebook(folder / "fails.ipynb", *cells), out=folder / "out", html=True)
+    return run_notebook(write_notebook(folder / "fails.ipynb", *cells), out=folder / "out")
 
 
 def test_parameters_tier_and_interpreter_reach_the_notebook(run: Run) -> None:
@@ -111,11 +111,11 @@ def test_parameters_tier_and_interpreter_reach_the_notebook(run: Run) -> None:
     assert run.settings == {"lr": 3e-4, "tier": "smoke"}
     assert run.metrics["full"]["accuracy"] == 0.8125
     assert 20 < run.peak_rss_mib < 2000
-    assert {path.name for path in run.folder.iterdir()} == {"notebook.ipynb", "metrics.json", "report.html"}
+    assert {path.name for path in run.folder.iterdir()} - {"report.html"} == {"notebook.ipynb", "metrics.json"}
 
 
 def entry_of(run: Run) -> dict:
-    (entry,) = [entry for entry in results.read(run.folder.parent / results.NAME) if entry["id"] == run.id]
+    (entry,) = [entry for entry in results.read_ledger(run.folder.parent / results.LEDGER) if entry["id"] == run.id]
     return entry
 
 
@@ -169,7 +169,7 @@ def test_a_failing_cell_keeps_what_ran(failed: Run) -> None:
     assert failed.error == "KeyError: 'nothing' (cell 4, “The cause”)"
     assert failed.metrics is None
     assert "so far" in failed.executed.read_text(encoding="utf-8")
-    page = BeautifulSoup(failed.report.read_text(encoding="utf-8"), "html.parser")
+    page = BeautifulSoup(write_report(failed).read_text(encoding="utf-8"), "html.parser")
     alert = page.select_one("header [role=alert]")
     assert failed.error in alert.get_text()
     assert "KeyError" in page.select_one(alert.a["href"]).get_text()
@@ -179,9 +179,9 @@ def test_a_failing_cell_keeps_what_ran(failed: Run) -> None:
 
 def test_a_kernel_that_dies_is_an_error_of_the_run(tmp_path: Path) -> None:
     notebook = write_notebook(tmp_path / "dies.ipynb", "import os; os._exit(1)", "print('later')")
-    run = run_notebook(notebook, out=tmp_path / "out {x}", html=True, progress=False)  # no placeholder: a name
+    run = run_notebook(notebook, out=tmp_path / "out {x}", progress=False)  # no placeholder: a name
     assert run.error.startswith("The kernel died")
-    assert run.error in BeautifulSoup(run.report.read_text(encoding="utf-8"), "html.parser").get_text()
+    assert run.error in BeautifulSoup(write_report(run).read_text(encoding="utf-8"), "html.parser").get_text()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to another process")
@@ -198,9 +198,9 @@ def test_ctrl_c_leaves_a_report_and_no_kernel(tmp_path: Path) -> None:
     notebook = write_notebook(tmp_path / "sleeps.ipynb", sleep)
     script = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from ftkit.lab.runs.notebooks import run_notebook\n"
-        "run = run_notebook(sys.argv[1], out=sys.argv[2], html=True)\n"
-        "print(run.error, run.report.exists())"
+        "from ftkit.lab.runs.notebooks import run_notebook; from ftkit.lab.runs.report import write_report\n"
+        "run = run_notebook(sys.argv[1], out=sys.argv[2])\n"
+        "print(run.error, write_report(run).exists())"
     )
     command = [sys.executable, "-c", script, str(notebook), str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -217,7 +217,7 @@ def test_ctrl_c_leaves_a_report_and_no_kernel(tmp_path: Path) -> None:
     assert "Traceback" not in stderr
     assert "so far" in (pids[0].parent / "report.html").read_text(encoding="utf-8")
     assert psutil.wait_procs(family, timeout=10)[1] == []  # one that was killed is there until the system noted it
-    (entry,) = results.read(tmp_path / "out" / results.NAME)
+    (entry,) = results.read_ledger(tmp_path / "out" / results.LEDGER)
     assert entry["error"] == "Interrupted (cell 3, “A tiny notebook”)"
 
 
@@ -243,7 +243,7 @@ def test_runs_started_together_get_folders_of_their_own(tmp_path: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         ids = list(pool.map(start, range(3)))
     assert sorted(ids) == sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
-    assert sorted(ids) == sorted(entry["id"] for entry in results.read(tmp_path / "out" / results.NAME))
+    assert sorted(ids) == sorted(entry["id"] for entry in results.read_ledger(tmp_path / "out" / results.LEDGER))
     assert len(set(ids)) == 3
     assert all(run_id.startswith("tiny-") for run_id in ids)
 
@@ -251,9 +251,9 @@ def test_runs_started_together_get_folders_of_their_own(tmp_path: Path) -> None:
 def test_a_report_loads_nothing(run: Run, page: BeautifulSoup) -> None:
     assert not page.select("script, link, iframe, object, embed")
     sources = [element["src"] for element in page.select("[src]")]
-    assert len(sources) == 2  # the figure and the picture beside the notebook
+    assert len(sources) == 2  # the figure and the image beside the notebook
     assert all(source.startswith("data:image/png") for source in sources)
-    assert not re.search(r"@import|url\(", run.report.read_text(encoding="utf-8"))
+    assert not re.search(r"@import|url\(", write_report(run).read_text(encoding="utf-8"))
     assert "default-src 'none'" in page.select_one("meta[http-equiv]")["content"]
     assert page.select_one('a[href="https://example.org"]')  # a link is not loaded
     assert "[not shown: far away]" in page.get_text()
@@ -327,7 +327,7 @@ def test_code_is_folded_and_widgets_are_left_out(page: BeautifulSoup) -> None:
 
 
 def test_a_report_names_no_folder_of_the_machine(run: Run) -> None:
-    text = BeautifulSoup(run.report.read_text(encoding="utf-8"), "html.parser").get_text()
+    text = BeautifulSoup(write_report(run).read_text(encoding="utf-8"), "html.parser").get_text()
     for private in (Path.home() / "x", Path.cwd(), Path(sys.executable).parent, run.folder):
         assert str(private) not in text
     # what lies below the current folder may be shown from there on

@@ -114,7 +114,7 @@ def test_every_parameter_says_what_it_is() -> None:
             assert set(parameter.defaults) == set(TIERS)
 
 
-def test_pictures_and_their_tower_are_known_names_folders_or_hub_ids(tmp_path: Path) -> None:
+def test_images_and_their_tower_are_known_names_folders_or_hub_ids(tmp_path: Path) -> None:
     given = {"images": str(tmp_path), "image_model": "owner/vision"}
     assert Contrastive.at("cpu", **given).changed(image_model="small-vit").images == str(tmp_path)
     with pytest.raises(SettingsError, match=r"images='emojis' can't be: did you mean 'emoji'\? Give emoji, a folder"):

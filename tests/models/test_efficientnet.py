@@ -22,16 +22,16 @@ def network() -> EfficientNet:
     return EfficientNet()
 
 
-def make_pictures(number: int, height: int, width: int | None = None) -> Tensor:
+def make_images(number: int, height: int, width: int | None = None) -> Tensor:
     return torch.randn(number, 3, height, width or height, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (100, 100), (128, 128), (224, 224), (96, 160)])
 def test_features_are_the_librarys(library: nn.Module, network: EfficientNet, size: tuple[int, int]) -> None:
-    pictures = make_pictures(2, *size)
+    images = make_images(2, *size)
     with torch.inference_mode():
-        expected = library.extract_features(pictures).mean((2, 3))
-        actual = network(pictures)
+        expected = library.extract_features(images).mean((2, 3))
+        actual = network(images)
     assert actual.shape == (2, network.width)
     assert torch.linalg.norm(actual - expected) <= 1e-4 * torch.linalg.norm(expected)
 
@@ -39,10 +39,10 @@ def test_features_are_the_librarys(library: nn.Module, network: EfficientNet, si
 def test_gradients_are_the_librarys_and_reach_every_weight(library: nn.Module, network: EfficientNet) -> None:
     """In-place activations must not spoil what the backward pass reads."""
     gradients = []
-    for encode in (network, lambda pictures: library.extract_features(pictures).mean((2, 3))):
-        pictures = make_pictures(2, 64).requires_grad_()
-        encode(pictures).square().sum().backward()
-        gradients.append(pictures.grad)
+    for encode in (network, lambda images: library.extract_features(images).mean((2, 3))):
+        images = make_images(2, 64).requires_grad_()
+        encode(images).square().sum().backward()
+        gradients.append(images.grad)
     library.zero_grad()
     assert torch.linalg.norm(gradients[0] - gradients[1]) <= 1e-3 * torch.linalg.norm(gradients[1])
     assert all(p.grad is not None and p.grad.any() for p in network.parameters())
@@ -50,9 +50,9 @@ def test_gradients_are_the_librarys_and_reach_every_weight(library: nn.Module, n
 
 
 def test_there_is_no_state_that_a_batch_changes(network: EfficientNet) -> None:
-    pictures = make_pictures(3, 64)
+    images = make_images(3, 64)
     with torch.no_grad():
-        alone, together = network(pictures[:1]), network.train()(pictures)
+        alone, together = network(images[:1]), network.train()(images)
     network.eval()
     assert not list(network.buffers())
     assert torch.allclose(alone, together[:1], atol=1e-4)
@@ -64,10 +64,10 @@ def test_random_weights_come_from_the_seed_and_keep_the_signal_alive() -> None:
     torch.manual_seed(3)
     one, same, other = (EfficientNet(pretrained=False, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.rand(1), expected)
-    pictures = make_pictures(4, 64)
+    images = make_images(4, 64)
     with torch.no_grad():
-        assert torch.equal(one(pictures), same(pictures))
-        assert not torch.allclose(one(pictures), other(pictures))
-        features = one(pictures)
-    assert features.std(0).mean() > 0.03  # pictures differ in their features: with the library's start they don't
+        assert torch.equal(one(images), same(images))
+        assert not torch.allclose(one(images), other(images))
+        features = one(images)
+    assert features.std(0).mean() > 0.03  # images differ in their features: with the library's start they don't
     assert 0.1 < features.mean() < 3

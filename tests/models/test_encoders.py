@@ -40,11 +40,11 @@ BODY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 BODY |= {"initializer_range": 0.3}  # wide enough for each weight to show
 TEXT = {**BODY, "vocab_size": VOCABULARY, "max_position_embeddings": 16}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-PICTURE = {**BODY, "image_size": 16, "patch_size": 4}
+VIT = {**BODY, "image_size": 16, "patch_size": 4}
 TEXTS = ["w3 w4 w5 w6 w7 </s>", "w8 w9 </s>"]
 
 
-def make_pictures(size: int = 16) -> torch.Tensor:
+def make_images(size: int = 16) -> torch.Tensor:
     return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -58,9 +58,7 @@ def save_bert(folder: Path) -> Path:
 def save_clip(folder: Path) -> Path:
     torch.manual_seed(0)
     text = CLIPTextConfig(**TEXT, **TOKENS, projection_dim=12)
-    config = CLIPConfig(
-        text_config=text.to_dict(), vision_config=CLIPVisionConfig(**PICTURE).to_dict(), projection_dim=12
-    )
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=CLIPVisionConfig(**VIT).to_dict(), projection_dim=12)
     CLIPModel(config).save_pretrained(folder)
     make_word_tokenizer().save_pretrained(folder)
     facts = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
@@ -97,7 +95,7 @@ def test_padding_does_not_change_a_vector(tmp_path: Path) -> None:
 
 def test_texts_of_siglip_fill_its_window_whatever_the_batch(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = SiglipConfig(text_config={**TEXT, **TOKENS}, vision_config=PICTURE)
+    config = SiglipConfig(text_config={**TEXT, **TOKENS}, vision_config=VIT)
     model = SiglipModel(config).eval()
     model.save_pretrained(tmp_path)
     make_word_tokenizer().save_pretrained(tmp_path)
@@ -152,8 +150,8 @@ def test_efficientnet_takes_any_size() -> None:
     assert encoder.mean == pytest.approx((127 / 255,) * 3)
     assert encoder.std == pytest.approx((128 / 255,) * 3)
     with torch.no_grad():
-        assert encoder(make_pictures(64)).shape == encoder(make_pictures(96)).shape == (3, 1280)
-        assert torch.equal(encoder(make_pictures(64)), encoder.network(make_pictures(64)))
+        assert encoder(make_images(64)).shape == encoder(make_images(96)).shape == (3, 1280)
+        assert torch.equal(encoder(make_images(64)), encoder.network(make_images(64)))
     random = load_image_encoder("efficientnet-lite0", pretrained=False)
     assert not torch.equal(random.network.head.weight, encoder.network.head.weight)
 
@@ -161,32 +159,32 @@ def test_efficientnet_takes_any_size() -> None:
 def test_small_vit_is_the_mean_over_patches() -> None:
     encoder = load_image_encoder("small-vit", size=64, seed=1)
     assert (encoder.size, encoder.width, encoder.mean, encoder.std) == (64, 128, (0.5,) * 3, (0.5,) * 3)
-    pictures = make_pictures(64).requires_grad_()
-    vectors = encoder(pictures)
-    assert torch.allclose(vectors, encoder.network(pictures).last_hidden_state[:, 1:].mean(1))
+    images = make_images(64).requires_grad_()
+    vectors = encoder(images)
+    assert torch.allclose(vectors, encoder.network(images).last_hidden_state[:, 1:].mean(1))
     vectors.square().sum().backward()
     assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
     same, other = (load_image_encoder("small-vit", size=64, seed=seed) for seed in (1, 2))
     with torch.no_grad():
-        assert torch.equal(same(pictures), vectors)
-        assert not torch.allclose(other(pictures), vectors)
+        assert torch.equal(same(images), vectors)
+        assert not torch.allclose(other(images), vectors)
 
 
 def test_a_vision_model_gives_its_pooler_output(tmp_path: Path) -> None:
-    ViTModel(ViTConfig(**PICTURE)).save_pretrained(tmp_path)
+    ViTModel(ViTConfig(**VIT)).save_pretrained(tmp_path)
     encoder = load_image_encoder(tmp_path)
     assert (encoder.size, encoder.width, encoder.mean, encoder.std) == (16, 16, (0.5,) * 3, (0.5,) * 3)
     with torch.no_grad():
-        expected = ViTModel.from_pretrained(tmp_path).eval()(make_pictures()).pooler_output
-        assert torch.allclose(encoder(make_pictures()), expected, atol=1e-6)
+        expected = ViTModel.from_pretrained(tmp_path).eval()(make_images()).pooler_output
+        assert torch.allclose(encoder(make_images()), expected, atol=1e-6)
 
 
 def test_a_pooler_that_is_not_in_the_checkpoint_is_not_used(tmp_path: Path) -> None:
-    ViTForImageClassification(ViTConfig(**PICTURE)).save_pretrained(tmp_path)
+    ViTForImageClassification(ViTConfig(**VIT)).save_pretrained(tmp_path)
     encoder = load_image_encoder(tmp_path)
     with torch.no_grad():
-        states = ViTForImageClassification.from_pretrained(tmp_path).eval().vit(make_pictures()).last_hidden_state
-        assert torch.allclose(encoder(make_pictures()), states[:, 1:].mean(1), atol=1e-6)
+        states = ViTForImageClassification.from_pretrained(tmp_path).eval().vit(make_images()).last_hidden_state
+        assert torch.allclose(encoder(make_images()), states[:, 1:].mean(1), atol=1e-6)
 
 
 def test_a_convolutional_model_of_transformers_is_flat(tmp_path: Path) -> None:
@@ -194,34 +192,34 @@ def test_a_convolutional_model_of_transformers_is_flat(tmp_path: Path) -> None:
     encoder = load_image_encoder(tmp_path)
     assert (encoder.size, encoder.width) == (None, 12)
     with torch.no_grad():
-        assert encoder(make_pictures(32)).shape == (3, 12)
+        assert encoder(make_images(32)).shape == (3, 12)
 
 
 def test_clip_is_reproduced_by_its_parts(tmp_path: Path) -> None:
-    texts, pictures, text_projection, image_projection, scale = load_clip(save_clip(tmp_path))
+    texts, images, text_projection, image_projection, scale = load_clip(save_clip(tmp_path))
     batch = texts.tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
         text = torch.nn.functional.normalize(text_projection(texts(**batch)), dim=-1)
-        image = torch.nn.functional.normalize(image_projection(pictures(make_pictures())), dim=-1)
+        image = torch.nn.functional.normalize(image_projection(images(make_images())), dim=-1)
         model = CLIPModel.from_pretrained(tmp_path).eval()
-        expected = model(pixel_values=make_pictures(), **batch).logits_per_image
+        expected = model(pixel_values=make_images(), **batch).logits_per_image
         actual = torch.tensor(scale).exp() * image @ text.T
     assert torch.allclose(actual, expected, atol=1e-4)
     assert expected.std() > 0.1  # else anything would pass
-    assert (pictures.size, pictures.mean, pictures.std) == (16, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (images.size, images.mean, images.std) == (16, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
 def test_each_half_of_clip_loads_alone(tmp_path: Path) -> None:
-    texts, pictures, *_ = load_clip(save_clip(tmp_path))
+    texts, images, *_ = load_clip(save_clip(tmp_path))
     batch = texts.tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(load_text_encoder(tmp_path)(**batch), texts(**batch))
-        assert torch.equal(load_image_encoder(tmp_path)(make_pictures()), pictures(make_pictures()))
+        assert torch.equal(load_image_encoder(tmp_path)(make_images()), images(make_images()))
     assert texts.pooling == "pooler"
 
 
-def test_pictures_that_are_not_to_be_normalised(tmp_path: Path) -> None:
-    ViTModel(ViTConfig(**PICTURE)).save_pretrained(tmp_path)
+def test_images_that_are_not_to_be_normalised(tmp_path: Path) -> None:
+    ViTModel(ViTConfig(**VIT)).save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False}))
     encoder = load_image_encoder(tmp_path)
     assert (encoder.mean, encoder.std) == ((0.0,) * 3, (1.0,) * 3)
@@ -229,7 +227,7 @@ def test_pictures_that_are_not_to_be_normalised(tmp_path: Path) -> None:
 
 def test_the_wrong_kind_of_tower_is_refused(tmp_path: Path) -> None:
     bert, vit = save_bert(tmp_path / "bert"), tmp_path / "vit"
-    ViTModel(ViTConfig(**PICTURE)).save_pretrained(vit)
+    ViTModel(ViTConfig(**VIT)).save_pretrained(vit)
     with pytest.raises(ModelError, match=r"bert.*reads input_ids.*image encoder.*efficientnet-lite0"):
         load_image_encoder(bert)
     with pytest.raises(ModelError, match=r"vit.*reads pixel_values.*text encoder.*minilm"):
@@ -264,7 +262,7 @@ def test_what_cannot_be_had_is_refused_in_a_sentence(tmp_path: Path, monkeypatch
 
 
 def test_a_checkpoint_without_its_encoder_is_refused(tmp_path: Path) -> None:
-    model = ViTModel(ViTConfig(**PICTURE))
+    model = ViTModel(ViTConfig(**VIT))
     state = {name: weight for name, weight in model.state_dict().items() if "layers.1" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ModelError, match="lacks 16 weights of its encoder"):

@@ -196,7 +196,7 @@ WRONG = {
         "t, v = F.normalize(text, dim=1), F.normalize(image, dim=1)\n"
         "return F.cross_entropy(s.exp() * t @ v.T, torch.arange(len(t)))": "must find its text",
         "t, v = F.normalize(text, dim=1), F.normalize(image, dim=1)\n"
-        "return F.cross_entropy(s.exp() * v @ t.T, torch.arange(len(t)))": "must find its picture",
+        "return F.cross_entropy(s.exp() * v @ t.T, torch.arange(len(t)))": "must find its image",
         "z = s.exp() * F.normalize(text, dim=1) @ F.normalize(image, dim=1).T\ni = torch.arange(len(z))\n"
         "return F.cross_entropy(z, i) + F.cross_entropy(z.T, i)": "not their sum",
         "z = F.normalize(text, dim=1) @ F.normalize(image, dim=1).T\ni = torch.arange(len(z))\n"
@@ -299,7 +299,7 @@ def form_errors(notebook: nbformat.NotebookNode) -> list[str]:
             shown = "".join([output.get("text", ""), *(str(v) for k, v in data.items() if k.startswith("text/"))])
             page = BeautifulSoup(shown, "html.parser")
             if any(not image.get("alt") for image in page.select("img")) or any(k.startswith("image/") for k in data):
-                errors.append(f"code cell {number} shows a picture without alt text: use ftkit.plots")
+                errors.append(f"code cell {number} shows an image without alt text: use ftkit.plots")
             if match := PRIVATE.search(page.get_text()):
                 errors.append(f"code cell {number} shows a path or a time: {match.group()!r}")
             if "widget-view" in str(list(data)):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from ftkit.adapters.lora import add_lora, load_adapter, save_adapter
 from ftkit.data.text import encode
 from ftkit.models.loading import class_names
-from ftkit.prompting.classifier import LabelWordModel
+from ftkit.prompting.classifier import PromptClassifier
 from ftkit.training.loop import evaluate, fit
 from ftkit.training.state import TrainSettings
 
@@ -59,7 +59,7 @@ def by_definition(lm, prompt: list[int], words, length_normalised: bool) -> torc
 def test_scores_are_those_of_the_definition(family, words, length_normalised):
     lm = make_lm(family)
     ids, mask = make_batch()
-    ours = LabelWordModel(lm, words, NAMES, length_normalised=length_normalised)(ids, mask).logits
+    ours = PromptClassifier(lm, words, NAMES, length_normalised=length_normalised)(ids, mask).logits
     prompts = [row[: n.item()].tolist() for row, n in zip(ids, mask.sum(1), strict=True)]
     expected = torch.stack([by_definition(lm, prompt, words, length_normalised) for prompt in prompts])
     torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-5)
@@ -68,7 +68,9 @@ def test_scores_are_those_of_the_definition(family, words, length_normalised):
 def test_over_all_tokens_as_words_the_scores_are_the_models_own_log_probabilities():
     lm = make_lm()
     ids, mask = make_batch()
-    every = LabelWordModel(lm, [[(token,)] for token in range(VOCABULARY)], [str(token) for token in range(VOCABULARY)])
+    every = PromptClassifier(
+        lm, [[(token,)] for token in range(VOCABULARY)], [str(token) for token in range(VOCABULARY)]
+    )
     with torch.no_grad():
         scores, logits = every(ids, mask).logits, lm(ids, attention_mask=mask).logits[[0, 1, 2, 3], [4, 8, 0, 8]]
     torch.testing.assert_close(scores, logits.log_softmax(-1), rtol=0, atol=1e-5)
@@ -85,7 +87,7 @@ def test_no_more_is_computed_than_the_words_need(words, runs, positions):
     lm.model.register_forward_hook(lambda module, args, output: shapes.append(output.last_hidden_state.shape))
     lm.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
     ids, mask = make_batch()
-    LabelWordModel(lm, words, NAMES[: len(words)])(ids, mask)
+    PromptClassifier(lm, words, NAMES[: len(words)])(ids, mask)
     appended = positions - 1
     assert shapes == [(4 * runs, 9 + appended, 16), (4 * runs, positions, VOCABULARY)]
 
@@ -94,7 +96,7 @@ def test_the_gradient_is_that_of_the_definition():
     lm, plain = make_lm().double(), make_lm().double()
     ids, mask = make_batch()
     labels = torch.tensor([0, 2, 1, 1])
-    F.cross_entropy(LabelWordModel(lm, LONG, NAMES)(ids, mask).logits.double(), labels).backward()
+    F.cross_entropy(PromptClassifier(lm, LONG, NAMES)(ids, mask).logits.double(), labels).backward()
     prompts = [row[: n.item()].tolist() for row, n in zip(ids, mask.sum(1), strict=True)]
     F.cross_entropy(torch.stack([by_definition(plain, prompt, LONG, False) for prompt in prompts]), labels).backward()
     for (name, ours), theirs in zip(lm.named_parameters(), plain.parameters(), strict=True):
@@ -105,7 +107,7 @@ def test_fit_and_evaluate_take_lora_on_label_words(tmp_path):
     base = make_lm()
     frozen = {name: p.clone() for name, p in base.named_parameters()}
     adapted = add_lora(base, rank=4)
-    model = LabelWordModel(adapted, [[(5,)], [(6,)]], ["low", "high"])
+    model = PromptClassifier(adapted, [[(5,)], [(6,)]], ["low", "high"])
     data = {"train": make_rows(64), "validation": make_rows(40, seed=1)}
     before = evaluate(model, data["validation"])
     history = fit(model, data, TrainSettings(lr=0.02, num_epochs=2, batch_size=16))
@@ -117,7 +119,7 @@ def test_fit_and_evaluate_take_lora_on_label_words(tmp_path):
 
     folder = save_adapter(model.lm, tmp_path)
     assert not (folder / "labels.json").exists()  # the language model has no classes
-    loaded = LabelWordModel(load_adapter(make_lm(), folder), [[(5,)], [(6,)]], ["low", "high"])
+    loaded = PromptClassifier(load_adapter(make_lm(), folder), [[(5,)], [(6,)]], ["low", "high"])
     np.testing.assert_array_equal(evaluate(loaded, data["validation"]).probabilities, after.probabilities)
 
 
@@ -135,7 +137,7 @@ def test_the_best_weights_are_kept_without_copies_of_the_frozen_ones():
     config.tie_word_embeddings = True
     lm = add_lora(AutoModelForCausalLM.from_config(config))
     data = {"train": make_rows(8), "validation": make_rows(8)}
-    fit(LabelWordModel(lm, SINGLE, NAMES), data, TrainSettings(num_epochs=1), callbacks=[spy])
+    fit(PromptClassifier(lm, SINGLE, NAMES), data, TrainSettings(num_epochs=1), callbacks=[spy])
     assert spy.kept and all("lora_" in name for name in spy.kept)
 
 
@@ -146,7 +148,7 @@ def test_labels_are_classes_with_names_and_rows_come_from_encode():
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     split = datasets.Dataset.from_dict(rows, features=features)
     lm = make_lm()
-    model = LabelWordModel(lm, [[(5,)], [(6,)]], split.features["label"].names)
+    model = PromptClassifier(lm, [[(5,)], [(6,)]], split.features["label"].names)
     assert class_names(model.config) == ["no", "yes"]
     assert class_names(lm.config) != ["no", "yes"]  # the language model's own is left alone
     evaluation = evaluate(model, encode({"test": split}, make_word_tokenizer(), max_length=8)["test"])
@@ -158,7 +160,7 @@ def test_labels_are_classes_with_names_and_rows_come_from_encode():
 def test_class_weights_and_smoothing_hold_for_label_words():
     lm = disturb(make_lm())
     rows = make_rows(16)
-    model = LabelWordModel(lm, [[(5,)], [(6,)]], ["low", "high"])
+    model = PromptClassifier(lm, [[(5,)], [(6,)]], ["low", "high"])
     settings = TrainSettings(num_epochs=1, class_weights=(0.5, 2.0), label_smoothing=0.1)
     scores = torch.stack([by_definition(lm, row["input_ids"], [[(5,)], [(6,)]], False) for row in rows]).detach()
     labels = torch.tensor([row["labels"] for row in rows])
@@ -180,20 +182,20 @@ def test_class_weights_and_smoothing_hold_for_label_words():
 )
 def test_words_that_can_not_tell_labels_apart_are_refused(words, names, said):
     with pytest.raises(ValueError, match=said) as caught:
-        LabelWordModel(make_lm(), words, names)
+        PromptClassifier(make_lm(), words, names)
     assert "\n" not in str(caught.value)
 
 
 def test_what_is_no_language_model_is_refused():
     for name in ("bert", "llama", "bert mlm"):
         with pytest.raises(ValueError, match="is no causal language model"):
-            LabelWordModel(make_tiny(name), SINGLE, NAMES)
+            PromptClassifier(make_tiny(name), SINGLE, NAMES)
 
 
 def test_padding_in_front_and_empty_rows_are_refused():
     ids, mask = make_batch()
     for words in (SINGLE, LONG):
-        model = LabelWordModel(make_lm(), words, NAMES)
+        model = PromptClassifier(make_lm(), words, NAMES)
         with pytest.raises(ValueError, match="padding_side = 'right'"):
             model(ids.flip(1), mask.flip(1))
         empty = mask.clone()
@@ -204,6 +206,6 @@ def test_padding_in_front_and_empty_rows_are_refused():
 
 def test_a_prompt_longer_than_the_window_is_refused_with_the_count():
     ids = torch.full((1, 63), 3)
-    LabelWordModel(make_lm(), SINGLE, NAMES)(ids, torch.ones_like(ids))
+    PromptClassifier(make_lm(), SINGLE, NAMES)(ids, torch.ones_like(ids))
     with pytest.raises(ValueError, match="has 65 tokens, and the model's window 64"):
-        LabelWordModel(make_lm(), LONG, NAMES)(ids, torch.ones_like(ids))  # with two tokens of a word
+        PromptClassifier(make_lm(), LONG, NAMES)(ids, torch.ones_like(ids))  # with two tokens of a word

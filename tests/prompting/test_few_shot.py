@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from ftkit.data.assets.registry import fetch
-from ftkit.prompting.few_shot import balanced_context, embed, nearest_contexts, random_context
+from ftkit.prompting.few_shot import balanced_examples, embed, nearest_examples, random_examples
 
 POOL = [{"text": f"text {i}", "label": int(i % 5 == 0)} for i in range(20)]  # 16 of label 0, 4 of label 1
 FILMS = [
@@ -20,7 +20,7 @@ FILMS = [
 ]
 
 
-@pytest.mark.parametrize("choose", [random_context, balanced_context])
+@pytest.mark.parametrize("choose", [random_examples, balanced_examples])
 def test_the_seed_alone_gives_different_rows_in_their_order(choose: Callable[..., list]) -> None:
     first = choose(POOL, 6, seed=3)
     assert choose(datasets.Dataset.from_list(POOL), 6, seed=3) == first
@@ -30,22 +30,22 @@ def test_the_seed_alone_gives_different_rows_in_their_order(choose: Callable[...
 
 
 def test_any_row_can_be_drawn_at_any_place() -> None:
-    places = {(row["text"], i) for seed in range(400) for i, row in enumerate(random_context(POOL, 3, seed=seed))}
+    places = {(row["text"], i) for seed in range(400) for i, row in enumerate(random_examples(POOL, 3, seed=seed))}
     assert len(places) == 20 * 3
 
 
 def test_a_balanced_context_has_as_many_of_each_label() -> None:
     pool = [{"text": str(i), "label": label} for i, label in enumerate("aaaaaaaabbbcc")]
-    counts = [[sum(row["label"] == name for row in balanced_context(pool, k, seed=s)) for name in "abc"]
+    counts = [[sum(row["label"] == name for row in balanced_examples(pool, k, seed=s)) for name in "abc"]
               for k in (3, 6) for s in range(5)]  # fmt: skip
     assert counts == [[1, 1, 1]] * 5 + [[2, 2, 2]] * 5
-    fours = {tuple(sum(row["label"] == name for row in balanced_context(pool, 4, seed=s)) for name in "abc")
+    fours = {tuple(sum(row["label"] == name for row in balanced_examples(pool, 4, seed=s)) for name in "abc")
              for s in range(30)}  # fmt: skip
     assert fours == {(2, 1, 1), (1, 2, 1), (1, 1, 2)}
-    orders = {"".join(row["label"] for row in balanced_context(pool, 3, seed=s)) for s in range(60)}
+    orders = {"".join(row["label"] for row in balanced_examples(pool, 3, seed=s)) for s in range(60)}
     assert len(orders) == 6
     with pytest.raises(ValueError, match="The pool has 2 rows of label c, not 3: give more rows, or lower k"):
-        balanced_context(pool, 9)
+        balanced_examples(pool, 9)
 
 
 def test_embeddings_are_means_over_the_tokens_of_length_one() -> None:
@@ -62,7 +62,7 @@ def test_embeddings_are_means_over_the_tokens_of_length_one() -> None:
 
 def test_the_nearest_rows_come_last_and_never_the_row_itself() -> None:
     asked = [{"text": "What wonderful actors!"}, {"text": FILMS[0]["text"]}, {"text": "The food was not warm."}]
-    contexts = nearest_contexts(FILMS, asked, 2)
+    contexts = nearest_examples(FILMS, asked, 2)
     assert {row["text"] for row in contexts[0]} == {FILMS[0]["text"], FILMS[2]["text"]}
     assert contexts[1][-1] == FILMS[2]
     assert FILMS[0] not in contexts[1]
@@ -70,11 +70,11 @@ def test_the_nearest_rows_come_last_and_never_the_row_itself() -> None:
     closeness = embed([row["text"] for row in contexts[2]]) @ embed([asked[2]["text"]])[0]
     assert closeness[0] < closeness[1]
     with pytest.raises(ValueError, match="fewer than 4 rows that are not the row in question"):
-        nearest_contexts(FILMS, asked, 4)
+        nearest_examples(FILMS, asked, 4)
 
 
 @pytest.mark.parametrize("k", [0, 21])
 def test_a_pool_that_is_too_small_is_refused(k: int) -> None:
-    for choose in (random_context, balanced_context, lambda pool, k: nearest_contexts(pool, FILMS, k)):
+    for choose in (random_examples, balanced_examples, lambda pool, k: nearest_examples(pool, FILMS, k)):
         with pytest.raises(ValueError, match=f"{k} examples can't be chosen from a pool of 20 rows: give 1 to 20"):
             choose(POOL, k)

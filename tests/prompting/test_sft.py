@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from ftkit.adapters.lora import add_lora
 from ftkit.errors import DataError, TrainingError
-from ftkit.prompting.sft import AnswerModel, encode_answers
+from ftkit.prompting.sft import CompletionModel, encode_completions
 from ftkit.prompting.soft_prompts import add_p_tuning, add_prefix_tuning, add_prompt_tuning
 from ftkit.training.batching import row_lengths, training_batches
 from ftkit.training.callbacks import Checkpoint, EarlyStopping
@@ -64,7 +64,7 @@ def as_transformers_has_it(prompts: list[str], answers: list[str]) -> dict[str, 
 
 
 def test_rows_are_labelled_where_an_answers_token_is_next():
-    rows = encode_answers(["w3 w4 w5", "w6"], [" w7 w8", ""], TOKENIZER)
+    rows = encode_completions(["w3 w4 w5", "w6"], [" w7 w8", ""], TOKENIZER)
     assert rows[0] == {
         "input_ids": [3, 4, 5, 7, 8],
         "attention_mask": [1] * 5,
@@ -80,9 +80,9 @@ def test_the_loss_is_that_of_transformers(family):
     prompts, answers = make_pairs(20)
     with torch.no_grad():
         expected = lm(**as_transformers_has_it(prompts, answers)).loss.item()
-    rows = encode_answers(prompts, answers, TOKENIZER)
+    rows = encode_completions(prompts, answers, TOKENIZER)
     for batch_size in (3, 64):
-        assert token_loss(AnswerModel(lm), rows, batch_size=batch_size) == pytest.approx(expected, abs=1e-5)
+        assert token_loss(CompletionModel(lm), rows, batch_size=batch_size) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("add", [add_prompt_tuning, add_prefix_tuning, add_p_tuning])
@@ -92,7 +92,7 @@ def test_a_soft_prompts_loss_is_that_of_peft(add):
     prompts, answers = make_pairs(8)
     with torch.no_grad():
         expected = tuned(**as_transformers_has_it(prompts, answers)).loss.item()
-    assert token_loss(AnswerModel(tuned), encode_answers(prompts, answers, TOKENIZER)) == pytest.approx(
+    assert token_loss(CompletionModel(tuned), encode_completions(prompts, answers, TOKENIZER)) == pytest.approx(
         expected, abs=1e-5
     )
 
@@ -103,12 +103,12 @@ def test_steps_equal_those_of_transformers_trainer(tmp_path: Path):
     Without dropout: the Trainer's batches have one more column, the end token, and would drop other units.
     """
     prompts, answers = make_pairs(35)  # 9 batches, the last of them small; 3 steps an epoch
-    rows = encode_answers(prompts, answers, TOKENIZER)
+    rows = encode_completions(prompts, answers, TOKENIZER)
     settings = TrainSettings(
         lr=5e-3, num_epochs=4, batch_size=4, accumulation=3, warmup=0.2, max_grad_norm=0.5, weight_decay=0.1, seed=3
     )
     ours, theirs = make_lm(), make_lm()
-    history = fit(AnswerModel(ours), {"train": rows}, settings)
+    history = fit(CompletionModel(ours), {"train": rows}, settings)
     batches = [
         as_transformers_has_it([prompts[i] for i in indices], [answers[i] for i in indices])
         for epoch in range(4)
@@ -138,11 +138,11 @@ def test_steps_equal_those_of_transformers_trainer(tmp_path: Path):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_accumulated_batches_give_the_gradient_of_the_large_one(smoothing):
     prompts, answers = make_pairs(19)
-    rows = encode_answers(prompts, answers, TOKENIZER)
+    rows = encode_completions(prompts, answers, TOKENIZER)
 
     def gradient(group):
         lm = make_lm().double()
-        model = AnswerModel(lm)
+        model = CompletionModel(lm)
         settings = TrainSettings(label_smoothing=smoothing)
         run = TrainingRun(model, {"train": rows}, settings, torch.optim.SGD(model.parameters()), total_steps=1)
         penalty = [
@@ -168,18 +168,18 @@ def test_only_the_places_of_answers_go_through_the_output_layer():
     lm = make_lm()
     shapes = []
     lm.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
-    rows = encode_answers(["w3 w4 w5 w6", "w7 w8"], [" w7", " w3 w4 w5"], TOKENIZER)
-    token_loss(AnswerModel(lm), rows)
+    rows = encode_completions(["w3 w4 w5 w6", "w7 w8"], [" w7", " w3 w4 w5"], TOKENIZER)
+    token_loss(CompletionModel(lm), rows)
     assert shapes == [(2 + 4, VOCABULARY)]
 
 
 def test_it_learns_to_answer_and_ends_with_the_epoch_of_the_lowest_loss():
     data = {
-        name: encode_answers(*make_pairs(n, seed), TOKENIZER)
+        name: encode_completions(*make_pairs(n, seed), TOKENIZER)
         for name, n, seed in (("train", 48, 0), ("validation", 24, 1))
     }
     lm = make_lm()
-    model = AnswerModel(lm)
+    model = CompletionModel(lm)
     before = token_loss(model, data["validation"])
     history = fit(model, data, TrainSettings(lr=0.01, num_epochs=6, batch_size=8, schedule="constant"))
     losses = [epoch["validation_loss"] for epoch in history.epochs]
@@ -195,17 +195,17 @@ def test_it_learns_to_answer_and_ends_with_the_epoch_of_the_lowest_loss():
 
 def test_early_stopping_watches_the_loss():
     data = {
-        "train": encode_answers(*make_pairs(8), TOKENIZER),
-        "validation": encode_answers(*make_pairs(8, 1), TOKENIZER),
+        "train": encode_completions(*make_pairs(8), TOKENIZER),
+        "validation": encode_completions(*make_pairs(8, 1), TOKENIZER),
     }
     settings = TrainSettings(lr=0.05, num_epochs=30, batch_size=8, schedule="constant")  # learns its 8 rows by heart
-    history = fit(AnswerModel(make_lm()), data, settings, callbacks=[EarlyStopping(patience=2)])
+    history = fit(CompletionModel(make_lm()), data, settings, callbacks=[EarlyStopping(patience=2)])
     assert history.ended == "stopped"
     assert len(history.epochs) == history.best_epoch + 2
 
 
 def test_a_run_resumes_from_its_checkpoint_to_the_bit(tmp_path: Path):
-    data = {"train": encode_answers(*make_pairs(16), TOKENIZER)}
+    data = {"train": encode_completions(*make_pairs(16), TOKENIZER)}
     settings = TrainSettings(lr=0.01, num_epochs=2, batch_size=4)
 
     class Kill:
@@ -218,7 +218,7 @@ def test_a_run_resumes_from_its_checkpoint_to_the_bit(tmp_path: Path):
                 raise RuntimeError("killed")
 
     def train(callbacks):
-        model = AnswerModel(add_lora(make_lm(), rank=2, dropout=0.1))
+        model = CompletionModel(add_lora(make_lm(), rank=2, dropout=0.1))
         fit(model, data, settings, callbacks=callbacks)
         return model.state_dict()
 
@@ -227,15 +227,15 @@ def test_a_run_resumes_from_its_checkpoint_to_the_bit(tmp_path: Path):
         train([Checkpoint(tmp_path / "run", every=2), Kill()])
     resumed = train([Checkpoint(tmp_path / "run", every=2)])
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
-    other = {"train": encode_answers(*make_pairs(16, seed=9), TOKENIZER)}
+    other = {"train": encode_completions(*make_pairs(16, seed=9), TOKENIZER)}
     with pytest.raises(ValueError, match="of a run with training rows="):
-        fit(AnswerModel(add_lora(make_lm(), rank=2)), other, settings, callbacks=[Checkpoint(tmp_path / "run")])
+        fit(CompletionModel(add_lora(make_lm(), rank=2)), other, settings, callbacks=[Checkpoint(tmp_path / "run")])
 
 
 def test_perplexity_of_a_model_that_knows_nothing_is_the_size_of_its_vocabulary():
     lm = make_lm()
     lm.lm_head.weight.data.zero_()
-    loss = token_loss(AnswerModel(lm), encode_answers(*make_pairs(5), TOKENIZER))
+    loss = token_loss(CompletionModel(lm), encode_completions(*make_pairs(5), TOKENIZER))
     assert math.exp(loss) == pytest.approx(VOCABULARY, rel=1e-5)
 
 
@@ -244,25 +244,25 @@ def test_perplexity_of_a_model_that_knows_nothing_is_the_size_of_its_vocabulary(
 
 def test_pairs_that_can_not_be_learned_are_refused():
     with pytest.raises(DataError, match="2 prompts and 1 answers"):
-        encode_answers(["w3", "w4"], [" w5"], TOKENIZER)
+        encode_completions(["w3", "w4"], [" w5"], TOKENIZER)
     with pytest.raises(DataError, match="Pair 1 has no border between tokens where its answer '5'"):
-        encode_answers(["w3", "w4"], [" w5", "5"], TOKENIZER)
+        encode_completions(["w3", "w4"], [" w5", "5"], TOKENIZER)
     with pytest.raises(DataError, match="Pair 0 has no border"):
-        encode_answers([""], ["w5"], TOKENIZER)
+        encode_completions([""], ["w5"], TOKENIZER)
     short = make_word_tokenizer()
     short.model_max_length = 3
     with pytest.raises(DataError, match="Pair 0 has 4 tokens, and the model reads 3"):
-        encode_answers(["w3 w4"], [" w5 w6"], short)
+        encode_completions(["w3 w4"], [" w5 w6"], short)
     short.eos_token = None
     with pytest.raises(DataError, match="no token that ends a text"):
-        encode_answers(["w3"], [" w5"], short)
+        encode_completions(["w3"], [" w5"], short)
     with pytest.raises(ValueError, match="is no causal language model"):
-        AnswerModel(make_tiny("llama"))
+        CompletionModel(make_tiny("llama"))
 
 
 def test_rows_of_tokens_and_of_classes_are_not_mixed_up():
-    rows = encode_answers(*make_pairs(4), TOKENIZER)
+    rows = encode_completions(*make_pairs(4), TOKENIZER)
     with pytest.raises(ValueError, match="measure them with token_loss"):
-        evaluate(AnswerModel(make_lm()), rows)
+        evaluate(CompletionModel(make_lm()), rows)
     with pytest.raises(TrainingError, match="class_weights are for rows with a class"):
-        fit(AnswerModel(make_lm()), {"train": rows}, TrainSettings(class_weights="balanced"))
+        fit(CompletionModel(make_lm()), {"train": rows}, TrainSettings(class_weights="balanced"))

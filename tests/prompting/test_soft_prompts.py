@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from ftkit.adapters.lora import add_lora, load_adapter, merge, save_adapter
 from ftkit.models.causal_lm import next_token_logits
 from ftkit.models.modules import count_parameters
-from ftkit.prompting.classifier import LabelWordModel
+from ftkit.prompting.classifier import PromptClassifier
 from ftkit.prompting.soft_prompts import add_p_tuning, add_prefix_tuning, add_prompt_tuning, nearest_words
 from ftkit.training.loop import evaluate, fit
 from ftkit.training.state import TrainSettings
@@ -49,7 +49,7 @@ def trainable(model):
 
 @torch.no_grad()
 def scores(lm, ids, mask):
-    return LabelWordModel(lm, WORDS, ["no", "yes"]).eval()(ids, mask).logits
+    return PromptClassifier(lm, WORDS, ["no", "yes"]).eval()(ids, mask).logits
 
 
 @pytest.mark.parametrize("method", ["prompt tuning", "prefix tuning"])
@@ -110,7 +110,7 @@ def test_fit_trains_the_prompt_and_nothing_else(method, family):
     frozen = {name: p.clone() for name, p in tuned.get_base_model().named_parameters()}
     start = {name: p.clone() for name, p in trainable(tuned).items()}
     assert count_parameters(tuned)[0] == SIZES[method, family]
-    model = LabelWordModel(tuned, WORDS, ["no", "yes"])
+    model = PromptClassifier(tuned, WORDS, ["no", "yes"])
     data = {"train": make_rows(24), "validation": make_rows(16, seed=1)}
     history = fit(model, data, TrainSettings(lr=0.03, num_epochs=2, batch_size=8, weight_decay=0, keep_best=False))
     assert history.steps[-1]["loss"] < history.steps[0]["loss"]
@@ -136,7 +136,7 @@ class Modes:
 
 def test_while_fit_runs_the_frozen_model_has_no_dropout():
     base = make_lm("gpt2")  # it has dropout of 0.1
-    model = LabelWordModel(METHODS["P-tuning"](base), WORDS, ["no", "yes"])
+    model = PromptClassifier(METHODS["P-tuning"](base), WORDS, ["no", "yes"])
     seen = Modes()
     fit(model, {"train": make_rows(8)}, TrainSettings(num_epochs=1), callbacks=[seen])
     assert not any(on for name, on in seen.training.items() if name.startswith("lm.base_model"))
@@ -160,7 +160,7 @@ def test_saved_prompts_score_the_same_in_plain_peft_and_train_on(family, method,
 
     loaded = load_adapter(make_lm(family), folder)
     assert torch.equal(scores(loaded, ids, mask), before)
-    model = LabelWordModel(loaded, WORDS, ["no", "yes"])
+    model = PromptClassifier(loaded, WORDS, ["no", "yes"])
     fit(model, {"train": make_rows(16)}, TrainSettings(lr=0.03, num_epochs=1, batch_size=8))
     assert list(trainable(loaded)) == ["prompt_encoder.default.embedding.weight"]
     after = scores(loaded, ids, mask)
@@ -263,7 +263,7 @@ def test_gradient_checkpointing_is_refused_with_prefix_tuning_alone():
     before = scores(prompted, ids, mask)
     prompted.get_base_model().activation_checkpointing_enable()
     prompted.train()
-    torch.testing.assert_close(LabelWordModel(prompted, WORDS, ["no", "yes"])(ids, mask).logits, before)
+    torch.testing.assert_close(PromptClassifier(prompted, WORDS, ["no", "yes"])(ids, mask).logits, before)
 
 
 def test_virtual_tokens_count_for_the_window():
@@ -310,7 +310,7 @@ def test_a_soft_prompt_is_not_merged():
 
 
 def test_evaluate_takes_a_tuned_model():
-    model = LabelWordModel(METHODS["prefix tuning"](make_lm()), WORDS, ["no", "yes"])
+    model = PromptClassifier(METHODS["prefix tuning"](make_lm()), WORDS, ["no", "yes"])
     rows = make_rows(20)
     evaluation = evaluate(model, rows, batch_size=6)
     alone = torch.cat(

@@ -8,11 +8,11 @@ import torch
 from tiny_bert import make_rows, make_tiny_bert
 from tiny_models import TEXT_CLASSIFIERS, WIDTH, disturb, make_tiny
 
-from ftkit.errors import FreezingError, PrefixError
+from ftkit.errors import FeatureCacheError, FreezingError
 from ftkit.models.architecture import head_names
 from ftkit.training.batching import make_batch
 from ftkit.training.callbacks import Callback, Checkpoint
-from ftkit.training.feature_cache import cache_prefix
+from ftkit.training.feature_cache import cache_frozen_layers
 from ftkit.training.freezing import GradualUnfreezing, LayerwiseRates, freeze
 from ftkit.training.loop import evaluate, fit
 from ftkit.training.state import TrainSettings
@@ -33,7 +33,7 @@ def test_logits_equal_the_uncached_ones(name: str, train: int) -> None:
     if name == "albert" and train > 2:
         pytest.skip("its one block is one group")
     model, data = freeze_all_but(disturb(make_tiny(name)), train), make_data()
-    rest, cached = cache_prefix(model, data, batch_size=7)
+    rest, cached = cache_frozen_layers(model, data, batch_size=7)
     for split, rows in data.items():
         assert cached[split].lengths.tolist() == [len(row["input_ids"]) for row in rows]
         assert [row["labels"] for row in cached[split]] == [row["labels"] for row in rows]
@@ -65,7 +65,7 @@ def test_training_the_rest_trains_the_whole_model_as_without_a_cache(name: str, 
     settings = TrainSettings(lr=1e-3, num_epochs=2, batch_size=8)
     data, whole, ours = make_data(), prepare(), prepare()
     expected = fit(whole, data, settings, callbacks=[LayerwiseRates(0.8)])
-    rest, cached = cache_prefix(ours, data)
+    rest, cached = cache_frozen_layers(ours, data)
     history = fit(rest, cached, settings, callbacks=[LayerwiseRates(0.8)])
     losses = [[step["loss"] for step in run.steps] for run in (expected, history)]
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-4)
@@ -79,27 +79,27 @@ def test_training_the_rest_trains_the_whole_model_as_without_a_cache(name: str, 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "deberta-v2", "gpt2", "llama", "qwen2"])
 def test_of_a_linear_probe_one_token_a_row_is_kept(name: str) -> None:
-    _, cached = cache_prefix(freeze(make_tiny(name), 1), make_data())
+    _, cached = cache_frozen_layers(freeze(make_tiny(name), 1), make_data())
     assert {row["prefix_states"].shape for row in cached["train"]} == {(1, WIDTH)}
     assert {len(row["attention_mask"]) for row in cached["train"]} == {1}
 
 
 def test_a_head_that_reads_all_tokens_gets_them() -> None:
     data = make_data()
-    _, cached = cache_prefix(freeze(make_tiny("modernbert"), 1), data)
+    _, cached = cache_frozen_layers(freeze(make_tiny("modernbert"), 1), data)
     assert [len(row["prefix_states"]) for row in cached["train"]] == cached["train"].lengths.tolist()
 
     for row in data["train"][:5]:  # a decoder then classifies from a token before the last
         row["input_ids"][-1] = 0
     model = freeze(make_tiny("llama"), 1)
-    rest, cached = cache_prefix(model, data)
+    rest, cached = cache_frozen_layers(model, data)
     ours, whole = evaluate(rest, cached["train"]), evaluate(model, data["train"])
     np.testing.assert_allclose(ours.probabilities, whole.probabilities, atol=1e-5)
 
 
 def test_dropout_of_the_rest_still_fires_in_training_and_that_of_the_prefix_does_not() -> None:
     model = freeze(make_tiny("bert"), 2)
-    rest, cached = cache_prefix(model, {"train": make_rows(16)})
+    rest, cached = cache_frozen_layers(model, {"train": make_rows(16)})
     passes: list[torch.Tensor] = []
 
     class Look(Callback):
@@ -115,9 +115,9 @@ def test_dropout_of_the_rest_still_fires_in_training_and_that_of_the_prefix_does
 
 def test_beyond_the_bound_activations_are_mapped_from_disk_and_the_files_go_with_the_rows(tmp_path: Path) -> None:
     model, data = freeze(make_tiny("bert"), 2), make_data()
-    rest, in_memory = cache_prefix(model, data)
+    rest, in_memory = cache_frozen_layers(model, data)
     assert not list(tmp_path.iterdir())
-    rest, on_disk = cache_prefix(model, data, max_memory_mib=0.01, folder=tmp_path)
+    rest, on_disk = cache_frozen_layers(model, data, max_memory_mib=0.01, folder=tmp_path)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     tokens = sum(len(row["input_ids"]) for rows in data.values() for row in rows)
     assert sum(path.stat().st_size for path in files) == tokens * WIDTH * 4
@@ -132,7 +132,7 @@ def test_beyond_the_bound_activations_are_mapped_from_disk_and_the_files_go_with
 def test_a_data_set_of_the_datasets_library_is_read_too_and_the_model_saves_as_usual(tmp_path: Path) -> None:
     model = freeze(make_tiny_bert(), 2)
     data = {name: datasets.Dataset.from_list(rows) for name, rows in make_data().items()}
-    rest, cached = cache_prefix(model.train(), data)
+    rest, cached = cache_frozen_layers(model.train(), data)
     assert model.training
     fit(rest, cached, TrainSettings(num_epochs=1))
     model.eval().save_pretrained(tmp_path)
@@ -152,7 +152,7 @@ def test_a_rest_resumes_from_a_checkpoint_without_the_weights_of_the_prefix(tmp_
         path = tmp_path / f"{len(stops)}.ckpt"
         for callbacks in [stops, []] if stops else [[]]:
             model = freeze(make_tiny("bert"), 2)
-            rest, cached = cache_prefix(model, make_data())
+            rest, cached = cache_frozen_layers(model, make_data())
             fit(rest, cached, settings, callbacks=[Checkpoint(path, every=4), *callbacks])
         results.append(model.state_dict())
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
@@ -166,16 +166,18 @@ def test_a_rest_resumes_from_a_checkpoint_without_the_weights_of_the_prefix(tmp_
 
 def test_what_cannot_be_cached_is_refused() -> None:
     data = make_data()
-    with pytest.raises(PrefixError, match=r"The embeddings train \(bert\.embeddings\.word_embeddings\.weight\)"):
-        cache_prefix(make_tiny("bert"), data)
-    with pytest.raises(PrefixError, match=r"The embeddings train \(bert\.embeddings\.LayerNorm\.bias\)"):
-        cache_prefix(freeze(make_tiny("bert"), ["*.bias", "head"]), data)
-    with pytest.raises(PrefixError, match="no rest to train"):
-        cache_prefix(make_tiny("bert").requires_grad_(False), data)
-    with pytest.raises(PrefixError, match="encoder-decoder"):
-        cache_prefix(freeze(make_tiny("t5"), 1), data)
-    with pytest.raises(PrefixError, match="no input_ids"):
-        cache_prefix(freeze(make_tiny("vit"), 1), {"train": [{"pixel_values": np.zeros((3, 16, 16)), "labels": 0}]})
+    with pytest.raises(FeatureCacheError, match=r"The embeddings train \(bert\.embeddings\.word_embeddings\.weight\)"):
+        cache_frozen_layers(make_tiny("bert"), data)
+    with pytest.raises(FeatureCacheError, match=r"The embeddings train \(bert\.embeddings\.LayerNorm\.bias\)"):
+        cache_frozen_layers(freeze(make_tiny("bert"), ["*.bias", "head"]), data)
+    with pytest.raises(FeatureCacheError, match="no rest to train"):
+        cache_frozen_layers(make_tiny("bert").requires_grad_(False), data)
+    with pytest.raises(FeatureCacheError, match="encoder-decoder"):
+        cache_frozen_layers(freeze(make_tiny("t5"), 1), data)
+    with pytest.raises(FeatureCacheError, match="no input_ids"):
+        cache_frozen_layers(
+            freeze(make_tiny("vit"), 1), {"train": [{"pixel_values": np.zeros((3, 16, 16)), "labels": 0}]}
+        )
 
 
 def test_augmented_rows_are_refused() -> None:
@@ -185,18 +187,18 @@ def test_augmented_rows_are_refused() -> None:
             return {**row, "input_ids": [int.from_bytes(os.urandom(4)) % 60 for _ in row["input_ids"]]}
 
     model = freeze(make_tiny("bert"), 1)
-    with pytest.raises(PrefixError, match=r"'train' are made anew at each reading \(augmentation\)"):
-        cache_prefix(model, {"train": Augmented(make_rows(9))})
+    with pytest.raises(FeatureCacheError, match=r"'train' are made anew at each reading \(augmentation\)"):
+        cache_frozen_layers(model, {"train": Augmented(make_rows(9))})
     lazy = datasets.Dataset.from_list(make_rows(9)).with_transform(lambda rows: rows)
-    with pytest.raises(PrefixError, match=r"\(augmentation\)"):
-        cache_prefix(model, {"train": lazy})
+    with pytest.raises(FeatureCacheError, match=r"\(augmentation\)"):
+        cache_frozen_layers(model, {"train": lazy})
 
 
 def test_unfreezing_past_the_prefix_is_refused() -> None:
     model = freeze(make_tiny("bert"), 1)
-    rest, cached = cache_prefix(model, make_data())
+    rest, cached = cache_frozen_layers(model, make_data())
     with pytest.raises(FreezingError, match="only one group trains"):
         fit(rest, cached, TrainSettings(num_epochs=2), callbacks=[GradualUnfreezing()])
     freeze(model, 2)
-    with pytest.raises(PrefixError, match="Layers of the cached prefix train now"):
+    with pytest.raises(FeatureCacheError, match="Layers of the cached prefix train now"):
         fit(rest, cached, TrainSettings(num_epochs=1))

@@ -12,11 +12,11 @@ from ftkit.contrastive.rows import encode_pairs
 from ftkit.errors import TrainingError
 from ftkit.metrics import Evaluation
 from ftkit.training.loop import evaluate, fit
-from ftkit.training.losses import OwnLoss
+from ftkit.training.losses import ModelWithLoss
 from ftkit.training.state import TrainSettings
 
 
-class Line(OwnLoss):
+class Line(ModelWithLoss):
     """y = w x with a squared error, so that each step can be had by hand."""
 
     def __init__(self, bound: float = np.inf) -> None:
@@ -91,7 +91,7 @@ def test_after_step_follows_each_step() -> None:
 
 def test_after_step_does_nothing_unless_written() -> None:
     class Plain(Line):
-        after_step = OwnLoss.after_step
+        after_step = ModelWithLoss.after_step
 
     model = Plain()
     fit(model, {"train": make_rows()}, SETTINGS)
@@ -150,7 +150,7 @@ def test_penalties_are_added() -> None:
 
 
 def test_a_model_without_measure_can_not_be_made() -> None:
-    class Half(OwnLoss):
+    class Half(ModelWithLoss):
         pass
 
     with pytest.raises(TypeError, match="measure"):

@@ -15,7 +15,7 @@ LOOP = """
 import time
 from ftkit import progress
 progress.START_SECONDS = 0.1
-bar = progress.Bar(4, "training")
+bar = progress.ProgressBar(4, "training")
 for step in range(1, 5):
     time.sleep(0.12)
     bar.update(step, f"loss {1 / step:.2f}")

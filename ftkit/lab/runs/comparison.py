@@ -95,14 +95,14 @@ def compare_runs(folder: Path, identities: Collection[str] | None = None) -> lis
         ValueError: there is nothing to compare.
     """
     runs = {}
-    for entry in results.read(folder / results.NAME):
+    for entry in results.read_ledger(folder / results.LEDGER):
         wanted = identities is None or entry.get("identity") in identities
         if wanted and entry.get("metrics") and entry.get("settings") is not None and not entry.get("error"):
             key = entry.get("identity", entry["id"])
             runs.pop(key, None)  # or it would keep the place of the earlier one
             runs[key] = entry
     if not runs:
-        raise ValueError(f"There is nothing to compare: {folder / results.NAME} has no finished run with results.")
+        raise ValueError(f"There is nothing to compare: {folder / results.LEDGER} has no finished run with results.")
     notebooks = dict.fromkeys(entry["notebook"] for entry in runs.values())
     return [_comparison(name, [run for run in runs.values() if run["notebook"] == name]) for name in notebooks]
 
@@ -128,7 +128,7 @@ def write_comparisons(comparisons: Sequence[RunTable], folder: Path) -> tuple[Pa
         drawn: dict[str, Any] = {}
         for number, row in enumerate(comparison.rows):
             if row.entry.get("ci95"):
-                name = ABSOLUTE_PATH.sub("…/", row.name)  # a picture and its alt text are nothing to cut them off later
+                name = ABSOLUTE_PATH.sub("…/", row.name)  # an image and its alt text are nothing to cut them off later
                 drawn[f"{name} ({number})" if name in drawn else name] = row.entry
         figure = plots.scores(drawn, axis="accuracy")._repr_html_() if drawn else ""
         with pd.option_context("display.max_colwidth", None):

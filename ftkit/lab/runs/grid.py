@@ -140,7 +140,7 @@ def run_grid(
     from tqdm import tqdm
 
     out = Path(out)
-    finished = [e for e in results.read(out / results.NAME) if "identity" in e and not e["error"]]
+    finished = [e for e in results.read_ledger(out / results.LEDGER) if "identity" in e and not e["error"]]
     wanted = "report.html" if html else ""
     done = {entry["identity"] for entry in finished if (out / entry["id"] / wanted).exists()}
     waiting = [job for job in planned if job.identity not in done]

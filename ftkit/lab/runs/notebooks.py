@@ -1,7 +1,7 @@
 """One run of a notebook with its parameters, and what it leaves behind.
 
-A run is a folder ``OUT/<run id>/`` with the executed ``notebook.ipynb``, the ``metrics.json`` that the notebook
-wrote through `save_metrics` and, if asked for, a ``report.html`` (`ftkit.report`); and a line in ``OUT/ledger.jsonl``.
+A run is a folder ``OUT/<run id>/`` with the executed ``notebook.ipynb`` and the ``metrics.json`` that the notebook
+wrote through `save_metrics`; it adds a line to ``OUT/ledger.jsonl``.
 """
 
 import ast
@@ -47,7 +47,6 @@ class Run:
     error: str | None = None
     seconds: float = 0.0
     peak_rss_mib: float = 0.0
-    report: Path | None = None
 
     @property
     def executed(self) -> Path:
@@ -61,7 +60,6 @@ def run_notebook(
     *,
     tier: str = "cpu",
     out: str | Path = "runs",
-    html: bool = False,
     progress: bool = True,
 ) -> Run:
     """Execute a notebook with papermill, on this interpreter and in the current folder.
@@ -74,7 +72,6 @@ def run_notebook(
         parameters: values for names of the notebook's `parameters` cell.
         tier: smoke, cpu or gpu; the notebook's parameter of that name.
         out: folder that the run's own folder is made in.
-        html: also write ``report.html``.
         progress: show a bar on stderr: cells done, and the heading of the one that runs.
 
     Raises:
@@ -91,10 +88,6 @@ def run_notebook(
         )
     finally:
         _record(run)
-    if html:
-        from ftkit.lab.runs.report import write_report
-
-        run.report = write_report(run)
     return run
 
 
@@ -247,7 +240,7 @@ def _record(run: Run) -> None:
         "digests": run.digests,
         "identity": run.identity,
     }
-    results.append(run.folder.parent / results.NAME, entry)
+    results.append_to_ledger(run.folder.parent / results.LEDGER, entry)
 
 
 @functools.cache

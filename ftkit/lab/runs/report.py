@@ -70,7 +70,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 
 
 def _body(notebook: nbformat.NotebookNode, folder: Path) -> BeautifulSoup:
-    """The cells as HTML that loads nothing. ``folder`` is where pictures named in Markdown are looked for."""
+    """The cells as HTML that loads nothing. ``folder`` is where images named in Markdown are looked for."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if _is_static(output)]

@@ -76,7 +76,7 @@ def make_controls(settings: NotebookSettings) -> dict[str, Control]:
     return {name: Control(parameters[name], getattr(settings, name), width) for name in settings.PANEL}
 
 
-class Picture:
+class StaticPanel:
     """A panel where nobody is there to use it: its controls as a table."""
 
     def __init__(self, settings: NotebookSettings) -> None:
@@ -100,7 +100,7 @@ class Picture:
             f'<th scope="col" style="text-align: left">{head}</th>' for head in ("setting", "value", "can be", "is")
         )
         return (
-            '<table class="ftkit-controls"><caption style="text-align: left">The control panel, as a picture: '
+            '<table class="ftkit-controls"><caption style="text-align: left">The control panel, as an image: '
             "run this cell in JupyterLab to turn these and press Train.</caption>"
             f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
         )

@@ -22,7 +22,7 @@ def in_one_line(problem: Exception) -> str:
     return ": ".join(filter(None, [kind, lines[0]]))
 
 
-class Still:
+class StaticPreview:
     """What a widget shows, where nobody is there to use it."""
 
     def __init__(self, shown: str) -> None:
@@ -32,7 +32,7 @@ class Still:
         return "[a widget: run this cell in JupyterLab to use it]"
 
     def _repr_html_(self) -> str:
-        return f"<p><em>A picture: run this cell in JupyterLab to use it.</em></p>{self._shown}"
+        return f"<p><em>An image: run this cell in JupyterLab to use it.</em></p>{self._shown}"
 
 
 def in_thread(button: Button, status: HTML, work: Callable[[], None], after: Callable[[], None]) -> threading.Thread:

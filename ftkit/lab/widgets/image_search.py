@@ -5,7 +5,7 @@ import html
 import io
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from ipywidgets import HTML, Button, HBox, IntSlider, Text, VBox
@@ -14,60 +14,58 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from ftkit.contrastive.towers import TwoTowers
 from ftkit.data.pairs import Pairs
-from ftkit.lab.widgets.display import Still, in_thread, said, somebody_is_there
+from ftkit.lab.widgets.display import StaticPreview, in_thread, said, somebody_is_there
 
-if TYPE_CHECKING:
-    from ftkit.contrastive.towers import TwoTowers
-
-SIDE = 112  # of a picture as shown, in CSS pixels
+SIDE = 112  # of an image as shown, in CSS pixels
 
 
-def search_box(model: "TwoTowers", pairs: Pairs, *, opening: str, k: int = 6) -> "SearchBox | Still":
-    """Pictures for a sentence, and captions for a picture, as the last expression of a cell.
+def search_box(model: TwoTowers, pairs: Pairs, *, opening: str, k: int = 6) -> "SearchBox | StaticPreview":
+    """Images for a sentence, and captions for an image, as the last expression of a cell.
 
     Args:
         model: two towers, trained.
-        pairs: N pictures and captions, among which is searched.
-        opening: the sentence at the start; what it finds is shown, and what the first picture finds.
-        k: pictures and captions to be shown, at most.
+        pairs: N images and captions, among which is searched.
+        opening: the sentence at the start; what it finds is shown, and what the first image finds.
+        k: images and captions to be shown, at most.
 
     Raises:
         ValueError: there is nothing to search among.
     """
     if not len(pairs):
-        raise ValueError("There are no pictures to search among.")
+        raise ValueError("There are no images to search among.")
     box = SearchBox(model, pairs, opening, k)
     if somebody_is_there():
         return box
-    return Still(f"<p>{html.escape(opening)}</p>{box.found.value}{box.told.value}")
+    return StaticPreview(f"<p>{html.escape(opening)}</p>{box.found.value}{box.told.value}")
 
 
 class SearchBox:
-    """A sentence with the nearest pictures, below it a picture with the nearest captions; see ``search_box``.
+    """A sentence with the nearest images, below it an image with the nearest captions; see ``search_box``.
 
     Attributes:
         sentence, search_button, status, found: widgets of the sentence's row; Enter searches, as the button does.
-        picture, told: widgets of the picture's row.
+        image, told: widgets of the image's row.
         thread: of the last search.
     """
 
-    def __init__(self, model: "TwoTowers", pairs: Pairs, opening: str, k: int) -> None:
+    def __init__(self, model: TwoTowers, pairs: Pairs, opening: str, k: int) -> None:
         self.model, self.k = model, k
         self.thread: threading.Thread | None = None
-        # of pairs with the same picture or caption, one stands for all: else a list would say one thing k times
+        # of pairs with the same image or caption, one stands for all: else a list would say one thing k times
         self._captions = [pairs.captions[i] for i in pairs.own_captions]
-        self._own = pairs.captions_of_pictures
-        self.pairs = pairs = pairs.take(pairs.own_pictures)
-        self._image = F.normalize(model.encode_pictures(pairs.pictures).float(), dim=-1)
+        self._own = pairs.captions_of_images
+        self.pairs = pairs = pairs.take(pairs.own_images)
+        self._image = F.normalize(model.encode_images(pairs.images).float(), dim=-1)
         self._text = F.normalize(model.encode_texts(self._captions).float(), dim=-1)
         style, wide = {"description_width": f"{len('sentence')}ch"}, {"width": "min(36em, 100%)"}
         # not continuous: the value comes with Enter, or when the box is left
         self.sentence = Text(opening, description="sentence", continuous_update=False, style=style, layout=wide)
         self.search_button = Button(description="Search", button_style="primary")
         last = len(pairs) - 1
-        self.picture = IntSlider(
-            0, min=0, max=last, description="picture", continuous_update=False, style=style, layout=wide
+        self.image = IntSlider(
+            0, min=0, max=last, description="image", continuous_update=False, style=style, layout=wide
         )
         self.status, self.found, self.told = HTML(), HTML(), HTML()
         if opening.strip():
@@ -75,23 +73,23 @@ class SearchBox:
         self.tell()
         self.sentence.observe(lambda _: self._start(), "value")
         self.search_button.on_click(lambda _: self._start())
-        self.picture.observe(lambda _: self.tell(), "value")
+        self.image.observe(lambda _: self.tell(), "value")
         by_text = VBox([HBox([self.sentence, self.search_button]), self.status, self.found])
-        self._box = VBox([by_text, VBox([self.picture, self.told])])
+        self._box = VBox([by_text, VBox([self.image, self.told])])
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         return self._box._repr_mimebundle_(**options)
 
     def search(self) -> None:
-        """Show the pictures that are nearest to the sentence, the nearest first."""
+        """Show the images that are nearest to the sentence, the nearest first."""
         query = F.normalize(self.model.encode_texts([self.sentence.value]).float(), dim=-1)[0]
-        pictures, captions = self.pairs.pictures, self.pairs.captions
+        images, captions = self.pairs.images, self.pairs.captions
         nearest = self._nearest(self._image, query)
-        self.found.value = _row([_card(pictures[i], captions[i], cosine) for i, cosine in nearest])
+        self.found.value = _row([_card(images[i], captions[i], cosine) for i, cosine in nearest])
 
     def tell(self) -> None:
-        """Show the picked picture, and the captions that are nearest to it, the nearest first."""
-        i = self.picture.value
+        """Show the picked image, and the captions that are nearest to it, the nearest first."""
+        i = self.image.value
         own = self._own[i]
         rows = "".join(
             f'<tr><td>{cosine:.3f}</td><td style="text-align: left">{_marked(self._captions[j], own)}</td></tr>'
@@ -99,7 +97,7 @@ class SearchBox:
         )
         heads = '<th scope="col">cosine</th><th scope="col" style="text-align: left">caption (bold: its own)</th>'
         table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-        self.told.value = _row([_card(self.pairs.pictures[i], self.pairs.captions[i]), table])
+        self.told.value = _row([_card(self.pairs.images[i], self.pairs.captions[i]), table])
 
     def _nearest(self, embeddings: Tensor, query: Tensor) -> list[tuple[int, float]]:
         """Numbers and cosines of the k embeddings that are nearest to a query, all of length 1."""
@@ -123,10 +121,10 @@ def _row(parts: Sequence[str]) -> str:
     return f'<div style="display: flex; flex-wrap: wrap; gap: 0.8em; align-items: flex-start">{"".join(parts)}</div>'
 
 
-def _card(picture: NDArray[np.uint8], caption: str, cosine: float | None = None) -> str:
-    """A picture with its caption below, and its cosine."""
+def _card(image: NDArray[np.uint8], caption: str, cosine: float | None = None) -> str:
+    """An image with its caption below, and its cosine."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="png")
+    Image.fromarray(image).save(buffer, format="png")
     source = base64.b64encode(buffer.getvalue()).decode("ascii")
     number = "" if cosine is None else f"<b>{cosine:.3f}</b> "
     return (

@@ -32,13 +32,13 @@ class LiveCurve(Callback):
     to the main thread, and is made once: a new drawing only moves its lines.
 
     Attributes:
-        status, picture: widgets.
+        status, image: widgets.
         stop: set it to end the run after the step it is in.
         total_steps: that the last seed was to take, in all trainings that it has begun.
     """
 
     def __init__(self) -> None:
-        self.status, self.picture = ipywidgets.HTML(), ipywidgets.HTML()
+        self.status, self.image = ipywidgets.HTML(), ipywidgets.HTML()
         self.stop = threading.Event()
         self.total_steps = 0
         self._seeds: Sequence[int] = []
@@ -155,6 +155,6 @@ class LiveCurve(Callback):
             alt = f"{now}{self._scored()}"
         buffer = io.BytesIO()
         self._canvas.print_png(buffer, pil_kwargs={"compress_level": 1})
-        picture = base64.b64encode(buffer.getvalue()).decode("ascii")
+        image = base64.b64encode(buffer.getvalue()).decode("ascii")
         alt = html.escape(f"Training loss by step and validation accuracy by epoch: {alt}.")
-        self.picture.value = f'<img alt="{alt}" src="data:image/png;base64,{picture}" style="max-width: 100%">'
+        self.image.value = f'<img alt="{alt}" src="data:image/png;base64,{image}" style="max-width: 100%">'

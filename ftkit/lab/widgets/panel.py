@@ -18,7 +18,7 @@ from ftkit.lab import results
 from ftkit.lab.machine import release_threads
 from ftkit.lab.results import Outcome, mean_figures, method_entry, results_table, runs_folder
 from ftkit.lab.schema import NotebookSettings, in_words
-from ftkit.lab.widgets.controls import Picture, make_controls
+from ftkit.lab.widgets.controls import StaticPanel, make_controls
 from ftkit.lab.widgets.display import in_one_line, somebody_is_there
 from ftkit.lab.widgets.live_curve import LiveCurve
 from ftkit.metrics import Evaluation, compare
@@ -140,8 +140,8 @@ def _verdict(first: PanelRun, second: PanelRun, a: str, b: str) -> str:
 Train = Callable[[Any, int, Sequence[Callback]], Outcome]
 
 
-def panel(settings: NotebookSettings, train: Train) -> "Panel | Picture":
-    """The control panel, as the last expression of a cell; where nobody is there to use it, its picture.
+def panel(settings: NotebookSettings, train: Train) -> "Panel | StaticPanel":
+    """The control panel, as the last expression of a cell; where nobody is there to use it, its image.
 
     While a run goes on, leave the cells alone that train or draw random numbers: ``fit`` uses the global random
     generators, so that either would disturb the other.
@@ -151,7 +151,7 @@ def panel(settings: NotebookSettings, train: Train) -> "Panel | Picture":
         train: called as ``train(settings, seed, callbacks)`` for each seed in turn; gives the outcome of one run,
             which it makes with ``fit(…, callbacks=callbacks)``.
     """
-    return Panel(settings, train) if somebody_is_there() else Picture(settings)
+    return Panel(settings, train) if somebody_is_there() else StaticPanel(settings)
 
 
 class Panel:
@@ -190,7 +190,7 @@ class Panel:
             [control.widget for control in self.controls.values()], layout={"width": "330px", "margin": "0 12px 0 0"}
         )
         buttons = HBox([self.train_button, self.stop_button, self.reset_button])
-        right = VBox([buttons, self.curve.status, self.curve.picture], layout={"width": "500px", "flex": "1 1 auto"})
+        right = VBox([buttons, self.curve.status, self.curve.image], layout={"width": "500px", "flex": "1 1 auto"})
         self._box = VBox([HBox([left, right], layout={"flex_flow": "row wrap"}), self.table, self._pair])
         if get_ipython() is not None:  # the thread that runs the cells may be another than that of a click
             get_ipython().events.register("post_run_cell", _release_threads)
@@ -297,7 +297,7 @@ class Panel:
             "error": error,
             "ended": "failed" if error else run.ended.split()[0],
         }
-        results.append(runs_folder() / results.NAME, entry)
+        results.append_to_ledger(runs_folder() / results.LEDGER, entry)
 
 
 def _release_threads(result: Any) -> None:

@@ -9,9 +9,9 @@ import torch
 from ipywidgets import HTML, Button, FloatSlider, HBox, IntSlider, Text, Textarea, VBox
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ftkit.lab.widgets.display import Still, in_thread, said, somebody_is_there
+from ftkit.lab.widgets.display import StaticPreview, in_thread, said, somebody_is_there
 from ftkit.models.generation import generate, next_tokens
-from ftkit.prompting.few_shot import balanced_context
+from ftkit.prompting.few_shot import balanced_examples
 from ftkit.prompting.scoring import score, to_evaluation
 from ftkit.prompting.templates import Row, Template, Verbalizer, encode_prompts
 
@@ -20,7 +20,7 @@ WIDE = {"width": "auto"}
 
 def chat_box(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, opening: str, max_new_tokens: int = 80
-) -> "ChatBox | Still":
+) -> "ChatBox | StaticPreview":
     """A conversation with a language model that was tuned to have one, as the last expression of a cell.
 
     Args:
@@ -33,7 +33,7 @@ def chat_box(
         return box
     box.temperature.value = 0
     box.reply()
-    return Still(box.conversation.value)
+    return StaticPreview(box.conversation.value)
 
 
 class ChatBox:
@@ -120,7 +120,7 @@ def playground(
     pool: Sequence[Row],
     template: Template,
     verbalizer: Verbalizer,
-) -> "Playground | Still":
+) -> "Playground | StaticPreview":
     """Change a prompt and see what it does, as the last expression of a cell.
 
     Args:
@@ -133,7 +133,7 @@ def playground(
     if somebody_is_there():
         return shown
     shown.ask()
-    return Still(shown.result.value)
+    return StaticPreview(shown.result.value)
 
 
 class Playground:
@@ -181,7 +181,7 @@ class Playground:
         """
         template = Template(self.template.value)
         verbalizer = Verbalizer({label: box.value.split("|") for label, box in self.words.items()})
-        examples = balanced_context(self.pool, self.examples.value) if self.examples.value else []
+        examples = balanced_examples(self.pool, self.examples.value) if self.examples.value else []
         encoded, words = encode_prompts(self.rows, template, verbalizer, self.tokenizer, examples=examples)
         scores = score(self.model, encoded, words)
         evaluation = to_evaluation(scores, encoded["labels"])

@@ -1,0 +1,17 @@
+"""What surrounds an experiment."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "settings": ["Adapters", "Continual", "Contrastive", "Freezing", "FullFineTuning", "Prompting", "settings_of"],
+        "results": ["Outcome", "mean_figures", "method_entry", "results_table", "save_metrics"],
+        "widgets.panel": ["panel"],
+        "widgets.playground": ["chat_box", "playground"],
+        "widgets.image_search": ["search_box"],
+        "runs.notebooks": ["run_notebook"],
+        "studies.study": ["load_study", "over_runs"],
+        "studies.recording": ["run_study"],
+    },
+)

@@ -1,0 +1,1 @@
+"""Runs of notebooks: one, a grid, their comparison, the report."""

@@ -1,0 +1,1 @@
+"""Recorded studies: declared, run, read."""
