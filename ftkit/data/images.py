@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ SHARES = {"validation": 0.1, "test": 0.2}  # of the images of a source without p
 def load_images(
     source: str | Path = "emoji",
     *,
-    rows: int | None = None,
+    train: int | None = None,
     validation: int = 100,
-    test_rows: int = 300,
+    test: int = 300,
     size: int = 128,
     language: str = "en",
     inks: Sequence[str] = ("black",),
@@ -41,8 +41,8 @@ def load_images(
 ) -> dict[str, Pairs]:
     """Load images with captions, split them, and print one line on what was read and left out.
 
-    Emoji are shuffled by the seed alone: the first `test_rows` are for the test, the next `validation` for the
-    validation, the first `rows` of the others for training. No emoji is in two of these. With several inks, each
+    Emoji are shuffled by the seed alone: the first `test` are for the test, the next `validation` for the
+    validation, the first `train` of the others for training. No emoji is in two of these. With several inks, each
     training emoji is drawn in all inks but one, and in that one in the split "new_pairs": emoji and ink were both
     seen, never together. An emoji of the test or validation is drawn in one ink, each taking its turn.
 
@@ -53,8 +53,8 @@ def load_images(
     Args:
         source: "emoji", a folder with images and a .csv of captions, or a hub data set ("owner/name" or
             "owner/name:config").
-        rows: emoji or images wanted for training; None for all there are.
-        validation, test_rows: emoji or images for these splits; of a folder or hub data set, at most so many.
+        train: emoji or images wanted for training; None for all there are.
+        validation, test: emoji or images for these splits; of a folder or hub data set, at most so many.
         size: pixels along a side.
         language: of the captions of emoji, one of ``drawings.LANGUAGES``.
         inks: of emoji, names of ``drawings.INKS``; the captions name them.
@@ -76,15 +76,16 @@ def load_images(
         DataError: the source cannot be used as asked, or has fewer rows than asked for.
         assets.AssetError: the font of the emoji cannot be fetched.
     """
-    for name, wanted in (("rows", rows), ("validation", validation), ("test_rows", test_rows)):
+    for name, wanted in (("train", train), ("validation", validation), ("test", test)):
         if wanted is not None and wanted < 1:
             raise DataError(f"{name}={wanted} is too few: ask for 1 or more")
     if size < 8:
         raise DataError(f"size={size} pixels are too few to see anything: take 8 or more")
+    sizes = {"train": train, "validation": validation, "test": test}
     if source == "emoji":
         _refuse(source, captions=captions, image=image, caption=caption)
         style = {"size": size, "weight": weight, "rotation": rotation}
-        splits, notes = _load_emoji(rows, validation, test_rows, language, inks, paper, style, seed)
+        splits, notes = _load_emoji(sizes, language, inks, paper, style, seed)
     else:
         _refuse(source, language=language, inks=inks, weight=weight, rotation=rotation, paper=paper)
         if Path(source).is_dir():
@@ -94,18 +95,15 @@ def load_images(
             published, notes = read_hub_images(source, size=size, image=image, caption=caption)
         else:
             raise DataError(f"'{source}' is neither 'emoji' nor a folder nor a hub id (owner/name): check the path")
-        limits = {"train": rows, "validation": validation, "test": test_rows}
-        splits, repeated = _cut(published, limits, seed, str(source))
+        splits, repeated = _cut(published, sizes, seed, str(source))
         notes += repeated
-    sizes = " / ".join(f"{len(pairs):,} {split}" for split, pairs in splits.items())
-    print("; ".join([f"{source}: {notes[0]}", *notes[1:], sizes] if notes else [f"{source}: {sizes}"]))
+    counts = " / ".join(f"{len(pairs):,} {split}" for split, pairs in splits.items())
+    print("; ".join([f"{source}: {notes[0]}", *notes[1:], counts] if notes else [f"{source}: {counts}"]))
     return splits
 
 
 def _load_emoji(
-    rows: int | None,
-    validation: int,
-    test_rows: int,
+    sizes: Mapping[str, int | None],
     language: str,
     inks: Sequence[str],
     paper: str | Ink,
@@ -116,17 +114,18 @@ def _load_emoji(
     if not inks or len(set(inks)) < len(inks) or not set(inks) <= set(emoji.INKS):
         raise DataError(f"inks={inks} is not usable: take one or several, each once, of {', '.join(emoji.INKS)}")
     names = emoji.emoji_names(language)
-    there = len(names) - test_rows - validation
-    if there < (rows or 1):
+    train, num_validation, num_test = sizes["train"], sizes["validation"], sizes["test"]
+    there = len(names) - num_test - num_validation
+    if there < (train or 1):
         raise DataError(
-            f"rows={rows}, validation={validation} and test_rows={test_rows} are more than the {len(names):,} emoji "
+            f"train={train}, validation={num_validation} and test={num_test} are more than the {len(names):,} emoji "
             "there are: ask for fewer"
         )
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(list(names)).tolist()
-    held_out = rng.integers(len(inks), size=len(names))  # an ink for each emoji, whatever rows is
-    test, validating = shuffled[:test_rows], shuffled[test_rows : test_rows + validation]
-    training = range(test_rows + validation, test_rows + validation + (rows or there))
+    held_out = rng.integers(len(inks), size=len(names))  # an ink for each emoji, whatever train is
+    test, validating = shuffled[:num_test], shuffled[num_test : num_test + num_validation]
+    training = range(num_test + num_validation, num_test + num_validation + (train or there))
     kept = {i: [ink for k, ink in enumerate(inks) if len(inks) == 1 or k != held_out[i]] for i in training}
     drawn = {
         "train": [(shuffled[i], ink) for i in training for ink in kept[i]],
@@ -192,7 +191,7 @@ def _cut(
             spare += chosen[split][limits[split] :]
     chosen["train"] = shuffled + spare
     if limits["train"] is not None and limits["train"] > len(chosen["train"]):
-        raise DataError(f"{source} has {len(chosen['train']):,} training images: rows={limits['train']} asks for more")
+        raise DataError(f"{source} has {len(chosen['train']):,} training images: train={limits['train']} asks for more")
     splits = {}
     for split in ("train", "validation", "test"):
         origin = split if own[split] else "train"

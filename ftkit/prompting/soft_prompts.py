@@ -1,4 +1,6 @@
-"""Prompt tuning (Lester et al., 2021), prefix tuning (Li and Liang, 2021) and P-tuning (Liu et al., 2021), through peft."""
+"""Soft prompts through peft: prompt tuning (Lester et al., 2021), prefix tuning (Li and Liang, 2021), P-tuning (Liu et
+al., 2021).
+"""
 
 import warnings
 from collections.abc import Iterator

@@ -200,8 +200,8 @@ def cache_frozen_layers(
         The rest, and the rows of each split with their activations, float32 of shape (T, H).
 
     Raises:
-        FeatureCacheError: something trains below, nothing is frozen or nothing trains, the rows change from one reading to
-            the next, the architecture does not allow it, or the disk is too full.
+        FeatureCacheError: something trains below, nothing is frozen or nothing trains, the rows change from one
+            reading to the next, the architecture does not allow it, or the disk is too full.
         FreezingError: the layers of the model can't be told apart.
     """
     prefix, above = _cut(model)

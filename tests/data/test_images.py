@@ -13,7 +13,7 @@ from ftkit.data.images import load_images
 from ftkit.data.pairs import Pairs
 from ftkit.errors import DataError
 
-SMALL = {"size": 16, "rows": 40, "validation": 10, "test_rows": 20}
+SMALL = {"size": 16, "train": 40, "validation": 10, "test": 20}
 
 
 def emoji(pairs: Pairs) -> list[str]:
@@ -43,7 +43,7 @@ def test_facts_tell_what_is_drawn():
 
 def test_splits_depend_on_the_seed_alone():
     first = load_images(**SMALL)
-    more = load_images(**{**SMALL, "rows": 60}, inks=("red", "blue"), weight=700, rotation=20, paper="inverted")
+    more = load_images(**{**SMALL, "train": 60}, inks=("red", "blue"), weight=700, rotation=20, paper="inverted")
     for split in ("validation", "test"):
         assert emoji(first[split]) == emoji(more[split])
     assert list(dict.fromkeys(emoji(more["train"])))[:40] == emoji(first["train"])
@@ -64,7 +64,7 @@ def test_several_inks_hold_one_combination_of_each_emoji_out():
     assert set(splits["new_pairs"].facts["ink"]) == set(inks)
     assert not seen & {*emoji(splits["test"]), *emoji(splits["validation"])}
     assert list(splits["test"].facts["ink"])[:4] == ["red", "blue", "green", "red"]
-    fewer = load_images(**{**SMALL, "rows": 10}, inks=inks)["new_pairs"]
+    fewer = load_images(**{**SMALL, "train": 10}, inks=inks)["new_pairs"]
     pd.testing.assert_frame_equal(fewer.facts, splits["new_pairs"].facts.head(10))
 
 
@@ -81,11 +81,11 @@ def test_paper_and_inversion():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": 978}, "rows=978, validation=100 and test_rows=300 are more than the 1,377 emoji"),
-        ({"test_rows": 1377}, "are more than the 1,377 emoji"),
-        ({"rows": 0}, "rows=0 is too few"),
+        ({"train": 978}, "train=978, validation=100 and test=300 are more than the 1,377 emoji"),
+        ({"test": 1377}, "are more than the 1,377 emoji"),
+        ({"train": 0}, "train=0 is too few"),
         ({"validation": 0}, "validation=0 is too few"),
-        ({"test_rows": -1}, "test_rows=-1 is too few"),
+        ({"test": -1}, "test=-1 is too few"),
         ({"size": 4}, "size=4 pixels"),
         ({"inks": ("red", "mauve")}, "inks=.*mauve.* take one or several"),
         ({"inks": ()}, "inks="),
@@ -142,16 +142,16 @@ def test_folder_is_cut_by_image(folder, capsys):
 
 
 def test_folder_gives_the_images_asked_for(folder):
-    whole, part = load_images(folder, size=16), load_images(folder, size=16, rows=5, validation=2, test_rows=4)
+    whole, part = load_images(folder, size=16), load_images(folder, size=16, train=5, validation=2, test=4)
     assert {split: len(pairs) for split, pairs in part.items()} == {"train": 10, "validation": 4, "test": 8}
     for split, pairs in part.items():
         assert files(pairs) == files(whole[split])[: len(pairs)]
-    with pytest.raises(DataError, match="21 training images: rows=22 asks for more"):
-        load_images(folder, size=16, rows=22)
+    with pytest.raises(DataError, match="21 training images: train=22 asks for more"):
+        load_images(folder, size=16, train=22)
 
 
 def test_folder_loses_no_image_to_a_limit(folder):
-    splits = load_images(folder, size=16, validation=2, test_rows=4)
+    splits = load_images(folder, size=16, validation=2, test=4)
     assert {split: len(pairs) for split, pairs in splits.items()} == {"train": 48, "validation": 4, "test": 8}
     assert len({file for pairs in splits.values() for file in files(pairs)}) == 30
 
@@ -199,11 +199,11 @@ def test_hub_splits_are_kept_and_missing_ones_cut(monkeypatch, capsys):
     assert {*splits["train"].captions, *splits["validation"].captions} == {str(i) for i in range(18)}
     assert "a note; 2 train rows left out (their images are in another split); 16 train" in capsys.readouterr().out
     published["validation"] = pairs_of([40, 41, 42])
-    splits = load_images("owner/name", size=8, validation=2, test_rows=1)
+    splits = load_images("owner/name", size=8, validation=2, test=1)
     assert [len(splits[split]) for split in ("train", "validation", "test")] == [18, 2, 1]
     assert "2 test rows left out" not in capsys.readouterr().out
     published["validation"] = pairs_of([30, 30, 40, 41, 42])
-    splits = load_images("owner/name", size=8, validation=2, test_rows=4)
+    splits = load_images("owner/name", size=8, validation=2, test=4)
     assert sorted(splits["test"].captions) == ["18", "19", "30", "31"] and "30" not in splits["validation"].captions
     out = capsys.readouterr().out
     assert "2 validation rows left out (their images are in another split)" in out

@@ -64,7 +64,9 @@ def test_what_has_no_json_form_is_refused_and_changes_nothing(tmp_path: Path, ba
 def test_processes_that_append_at_once_lose_nothing(tmp_path: Path) -> None:
     script = (
         "import sys, pathlib; from ftkit.lab import results\n"
-        "for i in range(50): results.append_to_ledger(pathlib.Path(sys.argv[1]), {'id': f'{sys.argv[2]}-{i}', 'x': 'y' * 5000})"
+        "for i in range(50):\n"
+        "    entry = {'id': f'{sys.argv[2]}-{i}', 'x': 'y' * 5000}\n"
+        "    results.append_to_ledger(pathlib.Path(sys.argv[1]), entry)"
     )
     path = tmp_path / results.LEDGER
     writers = [subprocess.Popen([sys.executable, "-c", script, str(path), str(n)]) for n in range(4)]

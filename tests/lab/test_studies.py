@@ -72,7 +72,11 @@ def train(settings, seed, callbacks=()):
     history = History(steps=steps, ended=ended, trainable_parameters=7, seconds=1.234, peak_rss_mib=500.0)
     return Outcome(seed, history, {"test": tested, "validation": tested}, {"forgetting": 0.25})
 '''
-COMMAND = "import sys, pathlib; from ftkit.lab.studies.recording import run_study; run_study('tiny', folder=pathlib.Path(sys.argv[1]))"
+COMMAND = """
+import pathlib, sys
+from ftkit.lab.studies.recording import run_study
+run_study("tiny", folder=pathlib.Path(sys.argv[1]))
+"""
 
 
 def write_notebook(folder: Path, *study: str) -> None:

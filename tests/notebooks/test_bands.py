@@ -76,7 +76,7 @@ def baselines_of_sequence(settings: Continual) -> tuple[float, list[float], list
 
 def baselines_of_retrieval(settings: Contrastive) -> tuple[float, list[float], list[float]]:
     """The same, of the recall at 5: guessing, five pairs of untrained heads, and guessing again for a constant."""
-    pairs = load_images(settings.images, rows=settings.rows, test_rows=settings.test_rows, size=settings.size)
+    pairs = load_images(settings.images, train=settings.rows, test=settings.test_rows, size=settings.size)
     towers = load_text_encoder(settings.text_model), load_image_encoder(settings.image_model, size=settings.size)
     rows = encode_pairs(pairs, TwoTowers(*towers))["test"]
     untrained = [evaluate(TwoTowers(*towers, seed=seed), rows).recall(5) for seed in range(5)]

@@ -87,16 +87,20 @@ class Declaration:
     @cached_property
     def code(self) -> str:
         """Digest of what is run: the code of the tagged cells, comments and spaces apart, and the fixed values."""
-        # what must not void a study: new parameters (the fixed values stand for that cell), and imports for other cells
+        # what must not void a study: new parameters (the fixed values stand for that cell), imports for other cells,
+        # and where in the kit a name lives, since every public name of the kit exists only once
         trees = [ast.parse(cell.source) for cell in self.cells if not cell.parameters]
         used = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        shapes = []
         for tree in trees:
             for node in tree.body:
                 if isinstance(node, ast.Import | ast.ImportFrom):
                     node.names = [name for name in node.names if (name.asname or name.name.partition(".")[0]) in used]
-            tree.body = [node for node in tree.body if getattr(node, "names", True)]
+            ours = [node for node in tree.body if isinstance(node, ast.ImportFrom) and _of_the_kit(node)]
+            bound = sorted([name.name, name.asname or name.name] for node in ours for name in node.names)
+            tree.body = [node for node in tree.body if node not in ours and getattr(node, "names", True)]
+            shapes.append([bound, _shape(tree)])
         values = self.base.model_dump(mode="json", include={"tier", *self.fixed} - set(self.varied))
-        shapes = [_shape(tree) for tree in trees]
         return hashlib.sha256(json.dumps([shapes, values], sort_keys=True).encode()).hexdigest()[:10]
 
     def key(self, row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -187,6 +191,10 @@ def read_declaration(name: str, folder: Path = FOLDER) -> Declaration:
 def several(value: Any) -> list[Any]:
     """A value, or several, as a list."""
     return list(value) if isinstance(value, list | tuple | range) else [value]
+
+
+def _of_the_kit(node: ast.ImportFrom) -> bool:
+    return (node.module or "").partition(".")[0] == "ftkit"
 
 
 def _shape(node: Any) -> Any:
