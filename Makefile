@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 LOCK := requirements.lock
 
-.PHONY: help setup report test lint lab bench lock
+.PHONY: help setup report test check lint lab bench lock
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -23,8 +23,14 @@ $(STAMP): $(LOCK) pyproject.toml
 report: $(STAMP)  ## notebook 01 on real film reviews, as an HTML report
 	@$(BIN)/ftkit run 01_full_fine_tuning --tier cpu --html --out runs
 
-test: $(STAMP)  ## every test, the notebooks included
-	@$(BIN)/python -m pytest
+test: $(STAMP)  ## every test, the notebooks included, on two cores
+	@status=0; \
+	$(BIN)/python -m pytest -m "not alone" -n 2 --dist worksteal || status=1; \
+	$(BIN)/python -m pytest -m alone || status=1; \
+	exit $$status
+
+check: lint  ## before each commit: lint, the form of the notebooks, the tests that train nothing
+	@$(BIN)/python -m pytest -m "not alone and not slow" -n 2 --dist worksteal
 
 lint: $(STAMP)  ## ruff over modules, tests, benchmarks and notebooks
 	@$(BIN)/ruff check .
@@ -34,7 +40,7 @@ lab: $(STAMP)  ## JupyterLab in notebooks/
 	@$(BIN)/jupyter lab --notebook-dir notebooks
 
 bench: $(STAMP)  ## every benchmark, one after the other; leave the machine idle
-	@for script in benchmarks/{startup,fit_vs_trainer,frozen_prefix,prompt_scoring,continual,clip,lab_bench,notebooks}.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/{startup,fit_vs_trainer,feature_cache,prompt_scoring,continual,clip,lab_bench,notebooks}.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 # torch brings the CUDA packages that fit it where pip finds its CUDA build: they are not ours to pin.
 lock:  ## resolve requirements.lock anew from pyproject.toml (needs uv)

@@ -1,10 +1,10 @@
-"""Bands of tests/notebooks/bands.toml, measured anew: where the score of the seed 5 lies with 99 % probability.
+"""Measure the bands of tests/notebooks/bands.toml: where the score of seed 5 lies with a probability of 99 %.
 
-Each notebook is run with the seeds 0 to 5, or more, at each tier of that file, with the parameters that stand there.
-The band of a method is the prediction interval of Student's t for one more run than those of the seeds other than 5,
-widened by what machines differ in rounding: the more seeds, the narrower. What trains nothing has no chance in it but
-the rows that a seed draws, and is held to what the seed 5 gave. Where a notebook's entry names another ``score`` than
-the accuracy, the band is of that.
+Each notebook is run with the seeds 0 to 5, or more, at each tier of that file and with the parameters given there. The
+band of a method is the prediction interval of Student's t for one more run, from the seeds other than 5, widened to
+allow for rounding on other machines; the more seeds, the narrower it is. A method that trains nothing depends on the
+seed only through the rows drawn, so its band lies around the score of seed 5. If a notebook's entry names another
+``score`` than the accuracy, the band is of that score.
 
     python benchmarks/bands.py [smoke|cpu …] [--notebook NAME] [--num-seeds 6] [--write]
 """
@@ -24,11 +24,11 @@ from ftkit.lab.runs.notebooks import run_notebook
 FILE = Path(__file__).parents[1] / "tests" / "notebooks" / "bands.toml"
 FURTHER_SEED = 5
 LEVEL = 0.99
-ROUNDING = 0.01  # a machine that sums in another order classifies a few rows differently
+ROUNDING = 0.01  # a machine that adds in another order classifies a few rows differently
 
 
 def band(scores: list[float], trained: bool) -> tuple[float, float]:
-    """Where the score of the further seed is expected, given those of the seeds 0, 1, … without it."""
+    """Range in which the score of seed 5 is expected; ``scores`` are those of the seeds 0, 1, …"""
     others = scores[:FURTHER_SEED] + scores[FURTHER_SEED + 1 :]
     if not trained:
         return scores[FURTHER_SEED] - ROUNDING, scores[FURTHER_SEED] + ROUNDING
@@ -38,7 +38,7 @@ def band(scores: list[float], trained: bool) -> tuple[float, float]:
 
 
 def measure(notebook: str, tier: str, entry: dict[str, Any], num_seeds: int) -> dict[str, dict[str, Any]]:
-    """The band of each method; the majority and guessing are no models, and what is from the record was not run."""
+    """The band of each method that was run: not of the majority, of guessing, or of methods taken from a study."""
     with tempfile.TemporaryDirectory() as folder:
         seeds = {"seed": 0, "num_seeds": num_seeds}
         run = run_notebook(notebook, entry["parameters"] | seeds, tier=tier, out=folder)
@@ -54,7 +54,7 @@ def measure(notebook: str, tier: str, entry: dict[str, Any], num_seeds: int) -> 
 
 
 def as_toml(declared: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The file's text; JSON's lists, strings and numbers are TOML's too."""
+    """Text of the file; lists, strings and numbers are written in TOML as in JSON."""
     lines = [FILE.read_text(encoding="utf-8").partition("\n[")[0].rstrip()]
     for notebook, tiers in declared.items():
         for tier, entry in tiers.items():
@@ -71,14 +71,14 @@ def as_toml(declared: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tiers", nargs="*", help="all of them by default")
-    parser.add_argument("--notebook", help="all of them by default")
+    parser.add_argument("tiers", nargs="*", help="all tiers by default")
+    parser.add_argument("--notebook", help="all notebooks by default")
     least = FURTHER_SEED + 1
-    parser.add_argument("--num-seeds", type=int, default=least, help=f"from 0 on, {least} or more")
+    parser.add_argument("--num-seeds", type=int, default=least, help=f"number of seeds, from 0 on; {least} or more")
     parser.add_argument("--write", action="store_true", help="replace the bands in tests/notebooks/bands.toml")
     arguments = parser.parse_args()
     if arguments.num_seeds < least:
-        parser.error(f"--num-seeds {arguments.num_seeds} leaves out the seed {FURTHER_SEED}: give {least} or more")
+        parser.error(f"--num-seeds {arguments.num_seeds} leaves out seed {FURTHER_SEED}: give {least} or more.")
     declared = tomllib.loads(FILE.read_text(encoding="utf-8"))
     for notebook, tiers in declared.items():
         for tier, entry in tiers.items():

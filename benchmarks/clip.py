@@ -1,22 +1,26 @@
-"""What contrastive learning costs: locked towers cached, gradients cached, emoji drawn, images encoded.
+"""Cost of contrastive learning: caching locked towers and gradients, drawing emoji, encoding images.
 
-``locked_epoch_speedup``: an epoch of ``fit`` that trains two heads on locked ``minilm`` and ``efficientnet-lite0``, in
-batches of 64 pairs of 128 x 128 pixels, on the rows of ``encode_pairs``, which encodes each pair in each epoch, over
-one on the rows of ``cache_towers``, which give the same embeddings. To fill that cache takes ``cache_seconds`` more.
+``locked_epoch_speedup``: time of an epoch of ``fit`` on rows of ``encode_pairs``, which encodes each pair in each
+epoch, over that of an epoch on rows of ``cache_towers``, which give the same embeddings. It trains two heads on locked
+``minilm`` and ``efficientnet-lite0``, in batches of 64 pairs of 128 x 128 pixels. Filling the cache takes
+``cache_seconds`` more.
 
-``cached_gradient_memory_ratio``: the peak resident memory of one step of ``fit`` that trains both towers on a batch of
-1,024 pairs with ``chunk_size=64``, over that of a step on a plain batch of 64. ``cached_gradient_time_ratio``: its
-seconds over those of a step on the 1,024 in one piece; where 20 GiB, or what is free, don't hold them, both on a half
-or a quarter (``plain_pairs``). Each step is made in a process of its own, which in every arm holds the libraries, the
-towers and all 1,024 drawn images (``loaded_mib``); those beyond the 977 for training are bolder drawings of the
-first. Before that, the gradients of 256 pairs with and without chunks must agree within 1e-5 of their norm.
+``cached_gradient_memory_ratio``: peak resident memory of a step of ``fit`` that trains both towers on a batch of 1,024
+pairs with ``chunk_size=64``, over that of a step on a plain batch of 64. ``cached_gradient_time_ratio``: its time over
+that of a step on the 1,024 pairs in one piece. If these do not fit into 20 GiB, or into the free memory, both are
+timed on a half or a quarter of the pairs (``plain_pairs``). Each step is made in its own process, which always holds
+the libraries, the towers and all 1,024 images (``loaded_mib``); there are 977 training emoji, and the other images are
+bold drawings of the first of them. Before that, the gradients of 256 pairs with and without chunks must agree
+within 1e-5 of their norm.
 
-``draw_seconds``: all emoji drawn at 128 x 128 in a fresh process, without imports and their list.
-``encode_speedup``: 512 of the images through the reference network, ``efficientnet_lite_pytorch`` in eval and
-inference mode, in batches of 64, over ``cache_towers``. Features and embeddings must agree within 1e-4 of their norm.
+``draw_seconds``: time to draw all emoji at 128 x 128 in a new process, without imports and without listing them.
 
-Within a round the arms come one after the other, the order turned from round to round; ratios are medians over the
-rounds of those of one round. Leave the machine idle.
+``encode_speedup``: time to encode 512 of the images with the reference network, ``efficientnet_lite_pytorch`` in eval
+and inference mode, in batches of 64, over that of ``cache_towers``. Features and embeddings must agree within 1e-4 of
+their norm.
+
+In each round the variants run one after the other, in another order from round to round. A ratio is the median over
+rounds of the ratio within a round. Leave the machine idle.
 
     python benchmarks/clip.py [--rounds 3] [--rows 977] [--pairs 1024]
 """
@@ -60,7 +64,7 @@ def make_model(chunk_size: int | None = None, dropout: float | None = None) -> T
 
 
 def make_rows(model: TwoTowers, number: int) -> PairRows:
-    """Rows of so many emoji; where they don't suffice, the first ones come again in bold."""
+    """Rows of ``number`` emoji; if there are fewer, the first ones are repeated in bold."""
     pairs = load_images("emoji", size=SIZE, seed=SEED)["train"]
     if number > len(pairs):
         bold = load_images("emoji", size=SIZE, seed=SEED, weight=700)["train"].take(range(number - len(pairs)))
@@ -78,14 +82,14 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def require_same(what: str, ours: Tensor, theirs: Tensor, most: float = 1e-4) -> float:
-    """How far ours are from theirs, relative to the norm."""
+    """Distance of ours from theirs relative to the norm of theirs; ends the script if it is larger than ``most``."""
     if not (found := float((ours - theirs).norm() / theirs.norm())) <= most:
-        raise SystemExit(f"{what} differ by {found:.1e}, more than {most:g}: the two do not compute the same.")
+        raise SystemExit(f"{what} differ by {found:.1e}, more than {most:g}: the variants do not compute the same.")
     return found
 
 
 def step(num_pairs: int, batch: int, chunk_size: int | None) -> dict[str, float]:
-    """One step on the first ``batch`` of ``num_pairs`` rows: seconds and peak memory."""
+    """Seconds and peak memory of one step on the first ``batch`` of ``num_pairs`` rows."""
     model = make_model(chunk_size)
     rows = make_rows(model, num_pairs)
     data = {"train": rows if batch == num_pairs else rows.take(range(batch))}  # take copies the images
@@ -96,7 +100,7 @@ def step(num_pairs: int, batch: int, chunk_size: int | None) -> dict[str, float]
 
 
 def compare_gradients(number: int) -> dict[str, float]:
-    """How far those with chunks are from those without; there is no dropout."""
+    """Relative distance of the gradients with chunks from those without, both without dropout."""
     model = make_model(dropout=0).train()
     batch = make_batch(model, make_rows(model, number), np.arange(number), model.device)
     found = []
@@ -112,7 +116,7 @@ def draw() -> dict[str, float]:
 
 
 def in_a_process(task: str, **options: int | None) -> dict[str, float]:
-    """What this script prints last when it is called so."""
+    """Run a task of this script in its own process and return the result that it prints."""
     command = [sys.executable, __file__, "--task", task, json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -121,19 +125,19 @@ def in_a_process(task: str, **options: int | None) -> dict[str, float]:
 
 
 def measure_locked(turn: int, model: TwoTowers, rows: PairRows) -> dict[str, float]:
-    """An epoch of the heads on either kind of rows, and the time to fill the cache."""
+    """Seconds of an epoch of the heads on cached and on uncached rows, and to fill the cache."""
     model.lock("text", "image")
     cache_seconds, cached = timed(lambda: cache_towers(model, {"train": rows})["train"])
     ours, theirs = (torch.cat(model.encode(data.take(range(BATCH_SIZE)))) for data in (cached, rows))
-    require_same("Embeddings of cached and of other rows", ours, theirs)
-    arms = [("cached", cached), ("uncached", rows)][:: 1 if turn % 2 == 0 else -1]
-    taken = {arm: fit(model, {"train": data}, make_settings(BATCH_SIZE)).seconds for arm, data in arms}
+    require_same("Embeddings of cached and of uncached rows", ours, theirs)
+    variants = [("cached", cached), ("uncached", rows)][:: 1 if turn % 2 == 0 else -1]
+    taken = {variant: fit(model, {"train": data}, make_settings(BATCH_SIZE)).seconds for variant, data in variants}
     return {**taken, "cache_seconds": cache_seconds}
 
 
 def measure_encoding(turn: int, model: TwoTowers, rows: PairRows, library: Any) -> dict[str, float]:
-    """Features of the images, which in both arms are made ready row by row."""
-    model.lock("image").text.requires_grad_(True)  # so that only images are encoded
+    """Seconds of either network to encode the images; both include the preparation of the rows."""
+    model.lock("image").text.requires_grad_(True)  # only a locked tower is encoded
 
     def ours() -> Tensor:
         return torch.from_numpy(cache_towers(model, {"train": rows})["train"].features["image"][0])
@@ -155,8 +159,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=977, help="emoji for the locked towers, 64 or more")
-    parser.add_argument("--pairs", type=int, default=1024, help="of the batch with cached gradients, 64 or more")
-    parser.add_argument("--task", nargs=2, help=argparse.SUPPRESS)  # to be done in a process of its own; its options
+    parser.add_argument("--pairs", type=int, default=1024, help="pairs in the batch with cached gradients, 64 or more")
+    parser.add_argument("--task", nargs=2, help=argparse.SUPPRESS)  # for in_a_process: task and options
     arguments = parser.parse_args()
     if arguments.task:
         run = {"step": step, "gradients": compare_gradients, "draw": draw}[arguments.task[0]]
@@ -178,10 +182,10 @@ def main() -> None:
     steps = {"plain_64": (BATCH_SIZE, None), "cached": (num_pairs, BATCH_SIZE), "plain": (plain_pairs, None)}
     compared = "cached" if plain_pairs == num_pairs else "cached_part"
     if compared not in steps:
-        print(f"{num_pairs} pairs in one piece would not fit: times are compared on {plain_pairs}", flush=True)
+        print(f"{num_pairs} pairs in one piece do not fit into memory: times are compared on {plain_pairs}", flush=True)
         steps[compared] = (plain_pairs, BATCH_SIZE)
     for turn in range(arguments.rounds):
-        for name in np.roll(list(steps), -turn).tolist():  # none always comes first
+        for name in np.roll(list(steps), -turn).tolist():  # so that no variant always comes first
             note(name, in_a_process("step", num_pairs=num_pairs, batch=steps[name][0], chunk_size=steps[name][1]))
         note("draw", in_a_process("draw"))
 
@@ -189,7 +193,7 @@ def main() -> None:
     library.load_state_dict(torch.load(next(registry.fetch(NAME).glob("*.pth")), weights_only=True))
     rows = make_rows(model, arguments.rows)
     few, some = (rows.take(range(min(number, len(rows)))) for number in (BATCH_SIZE, NUM_ENCODED))
-    measure_locked(0, model, few), measure_encoding(0, model, few, library)  # all warm up
+    measure_locked(0, model, few), measure_encoding(0, model, few, library)  # warm-up
     for turn in range(arguments.rounds):
         note("locked", measure_locked(turn, model, rows))
         note("encoding", measure_encoding(turn, model, some, library))

@@ -1,15 +1,15 @@
-"""What continual learning costs: the Fisher information against a loop over rows, and a step with each method.
+"""Cost of continual learning: Fisher information against a loop over rows, and a step with each method.
 
-``fisher_speedup``: the diagonal empirical Fisher information of ``minilm`` on 256 film sentences, by
-``diagonal_fisher``, against the loop that one would write: a forward and a backward pass for each row, and its
-gradients squared. The two must agree within 1e-4 of the norm of each parameter's; otherwise the script ends.
+``fisher_speedup``: time of the obvious loop, with a forward and a backward pass for each row and the squares of its
+gradients, over the time of ``diagonal_fisher``, for the diagonal empirical Fisher information of ``minilm`` on 256 film
+sentences. For each parameter the two must agree within 1e-4 of the norm; otherwise the script ends.
 
-The step ratios: ``fit`` for some steps of 16 film sentences with a penalty, or with an equal batch of replayed rows,
-over ``fit`` for as many steps without. Old outputs are computed before, once a row; ``old_outputs_steps`` says how many
-plain steps that takes for the rows of one step.
+Step ratios: time of ``fit`` for some steps of 16 film sentences with a penalty, or with as many replayed rows in each
+step, over the time of as many steps without. Old outputs are computed beforehand, once per row; ``old_outputs_steps``
+is the number of plain steps that this takes for the rows of one step.
 
-Each arm runs in turn within a round, the order turned from round to round; the figures are medians over the rounds of
-the ratio to the plain one of that round. Leave the machine idle; about a minute and a half a round.
+In each round the variants run one after the other, in another order from round to round. A ratio is the median over
+rounds of the ratio within a round. Leave the machine idle; about a minute and a half per round.
 
     python benchmarks/continual.py [--rounds 5] [--rows 256] [--steps 20]
 """
@@ -29,7 +29,7 @@ TOLERANCE = 1e-4
 
 
 def fisher_by_row(model: nn.Module, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The peer: one row, one backward pass."""
+    """The same by a loop with one backward pass per row."""
     model.eval()
     parameters = dict(model.named_parameters())
     totals = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -42,9 +42,10 @@ def fisher_by_row(model: nn.Module, rows: list[dict[str, Any]]) -> dict[str, Ten
 
 
 def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The largest relative difference of a parameter's Fisher information, by its norm.
+    """Largest distance of ours from theirs over all parameters, relative to the norm of theirs.
 
-    Some have none but rounding, as the bias of a key: below a millionth of the largest norm that stands in its place.
+    Some parameters, like the bias of a key, have no Fisher information but rounding errors. A norm below a millionth of
+    the largest one is therefore replaced by that millionth.
     """
     least = 1e-6 * max(float(wanted.norm()) for wanted in theirs.values())
     return max(
@@ -61,7 +62,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=256, help="for the Fisher information")
+    parser.add_argument("--rows", type=int, default=256, help="number of rows for the Fisher information")
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
 
@@ -87,29 +88,29 @@ def main() -> None:
 
     ewc, l2sp, distillation = EWC(1.0), L2SP(model, 1.0), Distillation(model)
     ewc.remember(model, diagonal_fisher(model, fisher_rows[:32], "empirical"))
-    memory = ReplayBuffer(num_rows)
-    memory.add(old_rows)
+    buffer = ReplayBuffer(num_rows)
+    buffer.add(old_rows)
     distilled_seconds, distilled = timed(lambda: add_old_logits(model, new_rows))
     plain = TrainSettings(lr=LR, num_epochs=1, batch_size=BATCH_SIZE, keep_best=False, seed=SEED)
-    arms: dict[str, tuple[Any, TrainSettings, list[Any]]] = {
+    variants: dict[str, tuple[Any, TrainSettings, list[Any]]] = {
         "plain": (new_rows, plain, []),
         "ewc": (new_rows, plain, [ewc]),
         "l2sp": (new_rows, plain, [l2sp]),
-        "replay": (mix(new_rows, memory.rows), plain.model_copy(update={"accumulation": 2}), []),
+        "replay": (mix(new_rows, buffer.rows), plain.model_copy(update={"accumulation": 2}), []),
         "distillation": (distilled, plain, [distillation]),
     }
     start = {name: weights.clone() for name, weights in model.state_dict().items()}
 
-    def train(arm: str) -> float:
-        """Seconds a step."""
+    def train(variant: str) -> float:
+        """Seconds per step."""
         model.load_state_dict(start)
-        data, settings, penalties = arms[arm]
+        data, settings, penalties = variants[variant]
         seconds, history = timed(lambda: fit(model, {"train": data}, settings, penalties=penalties))
         if len(history.steps) != arguments.steps:
-            raise SystemExit(f"{arm} took {len(history.steps)} steps, not {arguments.steps}.")
+            raise SystemExit(f"{variant} took {len(history.steps)} steps instead of {arguments.steps}.")
         return seconds / len(history.steps)
 
-    speedups, seconds = [], {arm: [] for arm in arms}
+    speedups, seconds = [], {variant: [] for variant in variants}
     differences = []
     for turn in range(arguments.rounds):
         model.load_state_dict(start)
@@ -120,21 +121,21 @@ def main() -> None:
         if not differences[-1] <= TOLERANCE:
             raise SystemExit(
                 f"The Fisher information differs by {differences[-1]:.1e}, more than {TOLERANCE:g}: "
-                "the two do not compute the same, and their times can't be compared."
+                "the two do not compute the same, so their times cannot be compared."
             )
         speedups.append(taken["theirs"][0] / taken["ours"][0])
         print(f"round {turn + 1} fisher: {taken['ours'][0]:.2f} s, by row {taken['theirs'][0]:.2f} s", flush=True)
         del taken
-        order = list(arms)
-        for arm in order[turn % len(order) :] + order[: turn % len(order)]:  # none always comes first
-            seconds[arm].append(train(arm))
-            print(f"round {turn + 1} {arm:>12}: {1000 * seconds[arm][-1]:.0f} ms a step", flush=True)
+        order = list(variants)
+        for variant in order[turn % len(order) :] + order[: turn % len(order)]:  # so that no variant always comes first
+            seconds[variant].append(train(variant))
+            print(f"round {turn + 1} {variant:>12}: {1000 * seconds[variant][-1]:.0f} ms per step", flush=True)
 
-    def ratio(arm: str) -> float:
-        return round(statistics.median(a / b for a, b in zip(seconds[arm], seconds["plain"], strict=True)), 3)
+    def ratio(variant: str) -> float:
+        return round(statistics.median(a / b for a, b in zip(seconds[variant], seconds["plain"], strict=True)), 3)
 
     figures = {"fisher_speedup": round(statistics.median(speedups), 2)}
-    figures |= {f"{arm}_step_ratio": ratio(arm) for arm in arms if arm != "plain"}
+    figures |= {f"{variant}_step_ratio": ratio(variant) for variant in variants if variant != "plain"}
     plain_seconds = statistics.median(seconds["plain"])
     figures |= {
         "old_outputs_steps": round(distilled_seconds / arguments.steps / plain_seconds, 3),

@@ -1,7 +1,8 @@
-"""ftkit's ``fit`` against transformers' ``Trainer``: the same model, rows, steps and seed, runs in alternation.
+"""Compare ``fit`` with the ``Trainer`` of transformers: same model, rows, number of steps and seed.
 
-Three arms, each in a process of its own so that peak memory is its own: ``fit``; Trainer on rows padded to 128
-tokens, as tutorials do; Trainer with its own grouping by length. Medians over the rounds. About 3 minutes a round.
+There are three variants, each in its own process so that its peak memory can be measured: ``fit``; Trainer on rows
+padded to 128 tokens, as in tutorials; Trainer with its own grouping by length. They run in alternation, and the figures
+are medians over the rounds. About 3 minutes per round.
 
     python benchmarks/fit_vs_trainer.py [--rounds 3] [--rows 640]
 """
@@ -13,12 +14,12 @@ import subprocess
 import sys
 import tempfile
 
-ARMS = ("fit", "padded", "grouped")
+VARIANTS = ("fit", "padded", "grouped")
 BATCH_SIZE, LR, MAX_LENGTH, SEED = 16, 1e-4, 128, 0
 
 
-def train(arm: str, num_rows: int) -> dict[str, float]:
-    """One epoch of one arm; the seconds and the peak memory are of training, loading excluded."""
+def train(variant: str, num_rows: int) -> dict[str, float]:
+    """Seconds and peak memory of one epoch of a variant, without loading; number of steps and mean loss."""
     from ftkit.data.text import encode, load_text
     from ftkit.models.loading import load_classifier
     from ftkit.training.loop import fit
@@ -28,7 +29,7 @@ def train(arm: str, num_rows: int) -> dict[str, float]:
     splits = load_text("movie-sentiment", train=num_rows, validation=16, test=16)
     model, tokenizer = load_classifier("minilm", splits["train"].features["label"].names, seed=SEED)
     rows = encode(splits, tokenizer, max_length=MAX_LENGTH)["train"]
-    if arm == "fit":
+    if variant == "fit":
         how = TrainSettings(lr=LR, num_epochs=1, batch_size=BATCH_SIZE, weight_decay=0, warmup=0, seed=SEED)
         with Meter() as meter:
             history = fit(model, {"train": rows}, how)
@@ -36,8 +37,8 @@ def train(arm: str, num_rows: int) -> dict[str, float]:
     else:
         from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-        grouping = {"train_sampling_strategy": "group_by_length"} if arm == "grouped" else {}
-        padding = {"padding": "max_length", "max_length": MAX_LENGTH} if arm == "padded" else {"padding": "longest"}
+        grouping = {"train_sampling_strategy": "group_by_length"} if variant == "grouped" else {}
+        padding = {"padding": "max_length", "max_length": MAX_LENGTH} if variant == "padded" else {"padding": "longest"}
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(
                 folder, learning_rate=LR, num_train_epochs=1, per_device_train_batch_size=BATCH_SIZE, seed=SEED,
@@ -55,31 +56,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=640)
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # one run, in a process of its own
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # one run
     arguments = parser.parse_args()
-    if arguments.arm:
-        print(json.dumps(train(arguments.arm, arguments.rows)))
+    if arguments.variant:
+        print(json.dumps(train(arguments.variant, arguments.rows)))
         return
-    results = {arm: [] for arm in ARMS}
+    results = {variant: [] for variant in VARIANTS}
     for turn in range(arguments.rounds):
-        for arm in ARMS[turn % 3 :] + ARMS[: turn % 3]:  # no arm always comes first on a cool machine
-            command = [sys.executable, __file__, "--arm", arm, "--rows", str(arguments.rows)]
+        for variant in VARIANTS[turn % 3 :] + VARIANTS[: turn % 3]:  # so that no variant always has a cool machine
+            command = [sys.executable, __file__, "--variant", variant, "--rows", str(arguments.rows)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            results[arm].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"round {turn + 1} {arm:>8}: {results[arm][-1]}", flush=True)
+            results[variant].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {turn + 1} {variant:>8}: {results[variant][-1]}", flush=True)
 
-    def paired(arm: str, key: str) -> float:
-        """Median over rounds of theirs divided by ours."""
-        return statistics.median(t[key] / o[key] for t, o in zip(results[arm], results["fit"], strict=True))
+    def paired(variant: str, key: str) -> float:
+        """Median over rounds of the figure of a variant of Trainer, divided by that of ``fit``."""
+        return statistics.median(t[key] / o[key] for t, o in zip(results[variant], results["fit"], strict=True))
 
     print(
         json.dumps(
             {
                 "speedup_vs_padded": round(paired("padded", "seconds"), 3),
                 "speedup_vs_grouped": round(paired("grouped", "seconds"), 3),
-                "peak_memory_ratio": round(1 / min(paired(arm, "peak_rss_mib") for arm in ("padded", "grouped")), 3),
-                **{f"{arm}_seconds": round(statistics.median(r["seconds"] for r in results[arm]), 2) for arm in ARMS},
-                **{f"{arm}_mib": round(statistics.median(r["peak_rss_mib"] for r in results[arm])) for arm in ARMS},
+                "peak_memory_ratio": round(1 / min(paired(v, "peak_rss_mib") for v in ("padded", "grouped")), 3),
+                **{f"{v}_seconds": round(statistics.median(r["seconds"] for r in results[v]), 2) for v in VARIANTS},
+                **{f"{v}_mib": round(statistics.median(r["peak_rss_mib"] for r in results[v])) for v in VARIANTS},
                 "steps": results["fit"][0]["steps"],
                 "rounds": arguments.rounds,
             }

@@ -1,4 +1,4 @@
-"""What the lab bench adds to the work itself: the panel to a training, `ftkit run` to a notebook, a second job.
+"""Cost of the lab: the panel around a training, `ftkit run` around a notebook, a second job at the same time.
 
 Leave the machine idle. Takes about 15 minutes.
 
@@ -20,16 +20,16 @@ import nbformat
 ROUNDS = 3
 NOTEBOOK = "01_full_fine_tuning"
 
-# In a process of its own: torch and the rest are there already, as in the notebook, ftkit.widgets is not
+# Run in its own process. As in the notebook, torch and the rest are imported already, but the widgets are not.
 PANEL_SECONDS = """
 import time
 from ftkit import plots
-from ftkit.data import load_text
-from ftkit.settings import FullFineTuning
-from ftkit.training import fit
+from ftkit.data.text import load_text
+from ftkit.lab.settings import FullFineTuning
+from ftkit.training.loop import fit
 settings = FullFineTuning.at("cpu")
 start = time.perf_counter()
-from ftkit.widgets import Panel
+from ftkit.lab.widgets.panel import Panel
 shown = Panel(settings, None)
 shown._repr_mimebundle_()
 print(time.perf_counter() - start)
@@ -37,16 +37,16 @@ print(time.perf_counter() - start)
 
 
 def panel_seconds() -> float:
-    """Median seconds from the import of the panel until it could be sent to the browser."""
+    """Median seconds from the import of the panel until it can be sent to the browser."""
     command = [sys.executable, "-c", PANEL_SECONDS]
     outputs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(ROUNDS)]
     return median(float(output.split()[-1]) for output in outputs)
 
 
 def panel_overhead() -> float:
-    """Median over rounds of the time of 100 steps through the panel over that of the same `fit` without it.
+    """Median over rounds of the time of 100 steps in the panel, over that of the same `fit` without it.
 
-    Both are run by cells of a shell. There is no kernel here: what the browser is sent is made, not sent.
+    Both run as cells of an IPython shell. There is no kernel: messages to the browser are made, but not sent.
     """
     from IPython.core.interactiveshell import InteractiveShell
 
@@ -92,12 +92,12 @@ def panel_overhead() -> float:
             shell.run_cell(f"{run}_seconds = {run}()").raise_error()
         with_panel, without = (shell.user_ns[f"{run}_seconds"] for run in ("through_the_panel", "alone"))
         ratios.append(with_panel / without)
-        print(f"100 steps: {with_panel:.1f} s through the panel, {without:.1f} s without it", flush=True)
+        print(f"100 steps: {with_panel:.1f} s in the panel, {without:.1f} s without it", flush=True)
     return median(ratios)
 
 
 def ftkit_run(out: Path, *options: str) -> float:
-    """Seconds of one call of `ftkit run` at the smoke tier."""
+    """Seconds that one call of `ftkit run` takes at the smoke tier."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "ftkit.cli", "run", NOTEBOOK, "--tier", "smoke", "--out", str(out), *options]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -105,7 +105,7 @@ def ftkit_run(out: Path, *options: str) -> float:
 
 
 def run_overhead_seconds(folder: Path) -> float:
-    """Median seconds of `ftkit run --html`, over those in which a cell of the notebook was executed."""
+    """Median seconds of `ftkit run --html`, without those in which a cell of the notebook is executed."""
     overheads = []
     for i in range(ROUNDS):
         total = ftkit_run(folder / str(i), "--html")
@@ -117,20 +117,20 @@ def run_overhead_seconds(folder: Path) -> float:
 
 
 def two_jobs_throughput(folder: Path) -> float:
-    """Median over rounds of the time of two runs one after the other over that of two jobs at once."""
+    """Median over rounds of the time of two runs one after the other, over that of two at the same time."""
     ratios = []
     for i in range(ROUNDS):
         order = (1, 2) if i % 2 else (2, 1)
         seconds = {n: ftkit_run(folder / f"{i}-{n}", "-p", "seed=0,1", "--jobs", str(n)) for n in order}
-        print(f"two runs: {seconds[1]:.1f} s one by one, {seconds[2]:.1f} s at once", flush=True)
+        print(f"two runs: {seconds[1]:.1f} s one after the other, {seconds[2]:.1f} s at the same time", flush=True)
         ratios.append(seconds[1] / seconds[2])
     return median(ratios)
 
 
 def main() -> None:
     if os.getloadavg()[0] > 0.5:
-        print("the machine is not idle: these figures will be off", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # the panel's ledger goes there too
+        print("The machine is not idle: these figures will be wrong.", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # the panel writes its ledger there too
         figures = {
             "panel_seconds": panel_seconds(),
             "panel_overhead": panel_overhead(),

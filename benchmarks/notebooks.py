@@ -1,8 +1,8 @@
-"""Seconds and peak memory of each notebook at the smoke and the cpu tier, from imports to the last cell.
+"""Measure the time and peak memory of each notebook at the smoke and the cpu tier, from imports to the last cell.
 
-With ``--write`` the notebook is left as it is committed: the outputs of the cpu tier, in one go from top to bottom,
-and the measured figures in its header; data/measured.json records them; the README's results table is that of
-notebook 01's run.
+``--write`` also leaves the notebook as it is committed: with the outputs of the cpu tier, executed once from top to
+bottom, and the measured figures in its header. It records the figures in data/measured.json, and puts the results of
+notebook 01 into the table of the README.
 
     python benchmarks/notebooks.py [01_full_fine_tuning …] [--write]
 """
@@ -27,7 +27,7 @@ SHOWN_IN_README = "01_full_fine_tuning"
 
 
 def measure(notebook: Path, tier: str, folder: Path) -> tuple[dict[str, float], Path]:
-    """Execute a notebook as it stands, its defaults chosen by the tier."""
+    """Execute a notebook with the defaults of a tier; returns its figures and the executed copy."""
     executed = folder / f"{tier}.ipynb"
     env = {"FTKIT_TIER": tier, "FTKIT_RUN_DIR": str(folder)}
     run = execute(notebook, executed, {}, env=env, progress=os.isatty(2))
@@ -37,7 +37,7 @@ def measure(notebook: Path, tier: str, folder: Path) -> tuple[dict[str, float], 
 
 
 def write(notebook: Path, executed: Path, figures: dict[str, dict[str, float]]) -> None:
-    """Replace the notebook by its executed copy, without what execution adds to the metadata."""
+    """Replace the notebook by its executed copy, without the metadata that execution adds, and record its figures."""
     cells = nbformat.read(executed, as_version=4)
     cells.metadata.pop("papermill", None)
     cells.metadata.pop("widgets", None)
@@ -54,7 +54,7 @@ def write(notebook: Path, executed: Path, figures: dict[str, dict[str, float]]) 
 
 
 def needs_table(figures: dict[str, dict[str, float]]) -> str:
-    """What the notebook's header says of time and memory."""
+    """The table of time and memory in the header of the notebook."""
     rows = [
         f"| {tier} | {_minutes(figures[tier]['seconds'])} | {figures[tier]['peak_rss_mib'] / 1024:.1f} GiB |"
         for tier in ("smoke", "cpu")
@@ -63,7 +63,7 @@ def needs_table(figures: dict[str, dict[str, float]]) -> str:
 
 
 def digests(notebook: nbformat.NotebookNode) -> dict[str, str]:
-    """Of the code and of the outputs: who edits either by hand leaves a record that no longer fits."""
+    """Digests of the code and of the outputs, which show whether either was edited after the measurement."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     parts = {"code": [cell.source for cell in code], "outputs": [cell.outputs for cell in code]}
     return {
@@ -72,7 +72,7 @@ def digests(notebook: nbformat.NotebookNode) -> dict[str, str]:
 
 
 def write_results(metrics: dict[str, dict[str, object]]) -> None:
-    """Put the results table of a run into the README."""
+    """Replace the table of results in the README by those of a run."""
     table = results_table(metrics)
     lines = [["method", *table.columns], ["---"] * (1 + len(table.columns)), *map(list, table.itertuples())]
     markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -80,7 +80,7 @@ def write_results(metrics: dict[str, dict[str, object]]) -> None:
 
 
 def _between(mark: str, content: str, text: str) -> str:
-    """The text with what stands between the two comments of that mark replaced."""
+    """The text, with ``content`` in place of what stands between the two comments with that mark."""
     return re.sub(
         rf"<!-- {mark} -->.*?<!-- /{mark} -->",
         lambda _: f"<!-- {mark} -->\n\n{content}\n\n<!-- /{mark} -->",
@@ -95,7 +95,7 @@ def _minutes(seconds: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="all of them by default")
+    parser.add_argument("names", nargs="*", help="notebooks, without .ipynb; all by default")
     parser.add_argument("--write", action="store_true", help="keep the outputs of the cpu tier and the figures")
     arguments = parser.parse_args()
     results = {}

@@ -1,12 +1,14 @@
-"""What a language model as a classifier costs: ``load_language_model`` and ``score`` against plain transformers.
+"""Cost of a language model as a classifier: ``load_language_model`` and ``score`` against plain transformers.
 
-Both score the same film sentences with the same 8 examples in front, by the two label words. ftkit runs the examples
-once; the peer runs each whole prompt, in batches of 16 grouped by length, padded in front, through the output layer at
-the last position only, without a cache. Every run is made in a process of its own; loading and tokenising do not count.
-A round runs the two one after the other; the figures are medians over the rounds of their ratio. A score that differs
-by more than 1e-4 ends the script. Loading is timed apart, files in the system's cache, imports not counted; its memory
-is the growth of the process over load and one pass, in sizes of the weights. Leave the machine idle; about 3 minutes a
-round.
+Both score the same film sentences by the two label words, after the same 8 few-shot examples. ftkit runs the examples
+once. Plain transformers runs each whole prompt without a cache, in batches of 16 of similar length, padded on the left,
+and computes logits at the last position only. Each run is made in its own process; loading and tokenising are not
+timed. In each round the two run one after the other; the figures are medians over the rounds of the ratio within a
+round. Scores that differ by more than 1e-4 end the script.
+
+Loading is timed separately, without imports and with the files in the cache of the operating system. Its memory is the
+growth of the process over loading and one forward pass, as a multiple of the size of the weights. Leave the machine
+idle; about 3 minutes per round.
 
     python benchmarks/prompt_scoring.py [--rounds 3] [--rows 200]
 """
@@ -22,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
-ARMS = ("ftkit", "transformers")
+VARIANTS = ("ftkit", "transformers")
 NUM_EXAMPLES, BATCH_SIZE, SEED = 8, 16, 0
 TOLERANCE = 1e-4
 
 
 def prepare(num_rows: int) -> tuple[Any, Any, Any, Any]:
-    """Model, tokenizer, rows with their few-shot prompts, and the tokens of the label words."""
+    """The model, its tokenizer, rows with few-shot prompts, and the tokens of the label words."""
     from ftkit.data.text import load_text
     from ftkit.models.loading import load_language_model
     from ftkit.prompting.few_shot import balanced_examples
@@ -43,7 +45,7 @@ def prepare(num_rows: int) -> tuple[Any, Any, Any, Any]:
 
 
 def score_whole(model: Any, tokenizer: Any, rows: Any, words: Any) -> np.ndarray:
-    """The peer: log-probabilities of words of one token after each whole prompt, shape (N, C)."""
+    """Plain transformers: log-probabilities of one-token label words after each whole prompt, shape (N, C)."""
     import torch
 
     prompts = list(rows["input_ids"])
@@ -61,15 +63,15 @@ def score_whole(model: Any, tokenizer: Any, rows: Any, words: Any) -> np.ndarray
     return scores
 
 
-def run(arm: str, num_rows: int) -> dict[str, Any]:
-    """One arm: seconds and peak memory of scoring all rows, and the scores."""
+def run(variant: str, num_rows: int) -> dict[str, Any]:
+    """Seconds and peak memory of scoring all rows in one variant, and the scores."""
     from ftkit.prompting.scoring import score
     from ftkit.training.monitor import Meter
 
     model, tokenizer, rows, words = prepare(num_rows)
-    score(model, rows.select(range(2)), words)  # both arms find the weights in memory
+    score(model, rows.select(range(2)), words)  # warm-up, so that both variants find the weights in memory
     with Meter() as meter:
-        scores = score(model, rows, words) if arm == "ftkit" else score_whole(model, tokenizer, rows, words)
+        scores = score(model, rows, words) if variant == "ftkit" else score_whole(model, tokenizer, rows, words)
     tokens = sum(len(ids) for ids in rows["input_ids"])
     return {
         "seconds": meter.seconds,
@@ -80,7 +82,7 @@ def run(arm: str, num_rows: int) -> dict[str, Any]:
 
 
 def run_load() -> dict[str, float]:
-    """Seconds to load smollm2, and by how many sizes of its weights the process has grown after one pass."""
+    """Seconds to load smollm2, and the growth of the process after one pass, as a multiple of its weights."""
     import torch
 
     from ftkit.models.loading import load_language_model
@@ -103,7 +105,7 @@ def run_load() -> dict[str, float]:
 
 
 def in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
-    """What this script prints last when it is called so."""
+    """Run this script with these arguments in its own process and return the result that it prints."""
     command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -113,42 +115,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=200)
-    parser.add_argument("--arm", choices=[*ARMS, "load"], help=argparse.SUPPRESS)  # one run, in a process of its own
+    parser.add_argument("--variant", choices=[*VARIANTS, "load"], help=argparse.SUPPRESS)  # one run
     arguments = parser.parse_args()
-    if arguments.arm:
-        print(json.dumps(run_load() if arguments.arm == "load" else run(arguments.arm, arguments.rows)))
+    if arguments.variant:
+        print(json.dumps(run_load() if arguments.variant == "load" else run(arguments.variant, arguments.rows)))
         return
 
-    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in (*ARMS, "load")}
+    results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in (*VARIANTS, "load")}
     for turn in range(arguments.rounds):
-        order = ARMS if turn % 2 == 0 else tuple(reversed(ARMS))  # neither always comes first on a cool machine
-        for arm in (*order, "load"):
-            result = in_a_process(["--arm", arm, "--rows", str(arguments.rows)])
-            results[arm].append(result)
-            print(f"{arm:>12}: { ({name: value for name, value in result.items() if name != 'scores'}) }", flush=True)
+        order = VARIANTS if turn % 2 == 0 else tuple(reversed(VARIANTS))  # so that neither always has a cool machine
+        for variant in (*order, "load"):
+            result = in_a_process(["--variant", variant, "--rows", str(arguments.rows)])
+            results[variant].append(result)
+            shown = {name: value for name, value in result.items() if name != "scores"}
+            print(f"{variant:>12}: {shown}", flush=True)
     difference = max(
         float(np.abs(np.subtract(ours["scores"], theirs["scores"])).max())
-        for ours, theirs in zip(*(results[arm] for arm in ARMS), strict=True)
+        for ours, theirs in zip(*(results[variant] for variant in VARIANTS), strict=True)
     )
     if not difference <= TOLERANCE:
         raise SystemExit(
             f"The scores differ by {difference:.1e}, more than {TOLERANCE:g}: "
-            "ftkit and transformers do not compute the same, and their times can't be compared."
+            "ftkit and transformers do not compute the same, so their times cannot be compared."
         )
 
-    def typical(arm: str, key: str) -> float:
-        return round(statistics.median(result[key] for result in results[arm]), 3)
+    def typical(variant: str, key: str) -> float:
+        return round(statistics.median(result[key] for result in results[variant]), 3)
 
-    ratios = [t["seconds"] / f["seconds"] for f, t in zip(*(results[arm] for arm in ARMS), strict=True)]
+    ratios = [t["seconds"] / f["seconds"] for f, t in zip(*(results[variant] for variant in VARIANTS), strict=True)]
     figures = {
         "few_shot_speedup": round(statistics.median(ratios), 2),
         "load_seconds": typical("load", "load_seconds"),
         "weights_copies": typical("load", "weights_copies"),
         "score_difference": difference,
     }
-    for arm in ARMS:
+    for variant in VARIANTS:
         for key in ("seconds", "peak_rss_mib"):
-            figures[f"{arm}_{key}"] = typical(arm, key)
+            figures[f"{variant}_{key}"] = typical(variant, key)
     print(json.dumps({**figures, "rows": arguments.rows, "rounds": arguments.rounds}))
 
 

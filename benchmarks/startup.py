@@ -1,6 +1,8 @@
-"""What ``import ftkit`` costs over bare Python, and what ``ftkit --help`` takes: medians of runs in alternation.
+"""Time of ``import ftkit``, less that of starting Python, and of ``ftkit --help``.
 
-python benchmarks/startup.py
+The commands run in alternation; the figures are medians.
+
+    python benchmarks/startup.py
 """
 
 import json

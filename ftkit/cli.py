@@ -1,4 +1,4 @@
-"""The command ``ftkit``: run notebooks, grids and studies, compare runs, fetch assets."""
+"""The command ``ftkit``: run notebooks, grids and studies, compare runs, fetch models and data."""
 
 import argparse
 import os
@@ -14,15 +14,19 @@ from ftkit import TIERS, __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``ftkit``; returns the exit code.
+    """Run the command ``ftkit``.
 
-    0: done; 1: failed, one line on stderr says why (a single run that was interrupted has its report and counts as
-    failed); 130: interrupted.
+    Args:
+        argv: arguments of the command line; by default those of this process.
+
+    Returns:
+        The exit code: 0 for success, 1 for a failure that one line on stderr explains, 130 after an interruption. A
+        single run that is interrupted still writes its report and returns 1.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8")  # the cards are not ASCII, a Windows console may think they are
+        sys.stdout.reconfigure(encoding="utf-8")  # a Windows console may use another encoding
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)  # what Ctrl-C cleans up, `kill` and `timeout` do too
+        signal.signal(signal.SIGTERM, _interrupt)  # `kill` and `timeout` clean up as Ctrl-C does
     warnings.showwarning = lambda message, *_: print(f"ftkit: {message}", file=sys.stderr)
     try:
         arguments = _parser().parse_args(argv)
@@ -30,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ftkit: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError) as error:  # what our modules raise for people, one line each
+    except (ValueError, OSError, RuntimeError) as error:  # errors of the kit, whose messages are one line
         print(f"ftkit: {error}", file=sys.stderr)
         return 1
 
@@ -40,9 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="execute a notebook with parameters", add_help=False)
-    run.add_argument("-h", "--help", action=_RunHelp, nargs=0, help="show this; after a notebook, its parameters too")
-    run.add_argument("notebook", help="name (01_full_fine_tuning) or path")
+    run = commands.add_parser("run", help="run a notebook with parameters", add_help=False)
+    run.add_argument(
+        "-h", "--help", action=_RunHelp, nargs=0, help="show this help; after NOTEBOOK also list its parameters"
+    )
+    run.add_argument("notebook", help="name (01_full_fine_tuning) or path of the notebook")
     run.add_argument(
         "-p",
         "--parameter",
@@ -50,20 +56,30 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=VALUE",
         type=_parameter,
-        help="several values (1e-4,3e-4 or 0..4) make a grid; what of it is done in DIR is not run again",
+        help="set a parameter; several values (1e-4,3e-4 or 0..4) make a grid, whose finished runs in DIR are skipped",
     )
-    run.add_argument("--tier", choices=TIERS, default=os.environ.get("FTKIT_TIER", "cpu"), help="default: %(default)s")
-    run.add_argument("--out", default="runs", metavar="DIR", help="writes DIR/<run id>/ (default: %(default)s)")
-    run.add_argument("--html", action="store_true", help="write report.html too")
-    run.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs of a grid at a time (default: 1)")
+    run.add_argument(
+        "--tier",
+        choices=TIERS,
+        default=os.environ.get("FTKIT_TIER", "cpu"),
+        help="size of the run (default: %(default)s)",
+    )
+    run.add_argument("--out", default="runs", metavar="DIR", help="write to DIR/<run id>/ (default: %(default)s)")
+    run.add_argument("--html", action="store_true", help="also write report.html")
+    run.add_argument("--jobs", type=_count, default=1, metavar="N", help="parallel runs of a grid (default: 1)")
     run.set_defaults(command=_run)
 
-    compare = commands.add_parser("compare", help="put the runs of a folder side by side")
-    compare.add_argument("folder", metavar="DIR", type=Path, help="the --out of the runs; gets compare.csv and .html")
+    compare = commands.add_parser("compare", help="compare the runs in a folder")
+    compare.add_argument(
+        "folder",
+        metavar="DIR",
+        type=Path,
+        help="folder of the runs; compare.csv and compare.html are written there",
+    )
     compare.set_defaults(command=_compare)
 
-    study = commands.add_parser("study", help="run what is missing of a recorded study")
-    study.add_argument("name", metavar="NAME", help="of data/studies/NAME.toml")
+    study = commands.add_parser("study", help="run the missing rows of a recorded study")
+    study.add_argument("name", metavar="NAME", help="name of the study, declared in data/studies/NAME.toml")
     study.add_argument(
         "--only",
         nargs="+",
@@ -71,23 +87,23 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=VALUE",
         type=_parameter,
-        help="only these rows, e.g. lr=1e-4 seed=0,1; after NAME",
+        help="run only these rows, for example lr=1e-4 seed=0,1; give it after NAME",
     )
     study.set_defaults(command=_study)
 
-    fetch = commands.add_parser("fetch", help="get models and data onto the disk")
-    fetch.add_argument("names", nargs="*", metavar="NAME", help="assets, or a notebook for all that it needs")
-    fetch.add_argument("--all", action="store_true", help="every asset")
+    fetch = commands.add_parser("fetch", help="download models and data")
+    fetch.add_argument("names", nargs="*", metavar="NAME", help="an asset, or a notebook for all assets that it needs")
+    fetch.add_argument("--all", action="store_true", help="download all assets")
     fetch.set_defaults(command=_fetch)
 
-    assets = commands.add_parser("assets", help="list the models and data")
-    assets.add_argument("--cards", action="store_true", help="print the text of data/README.md")
+    assets = commands.add_parser("assets", help="list models and data")
+    assets.add_argument("--cards", action="store_true", help="print their cards, the text of data/README.md")
     assets.set_defaults(command=_assets)
     return parser
 
 
 class _RunHelp(argparse.Action):
-    """Help of ``ftkit run``: with the parameters of the notebook, if one was named before it."""
+    """Help of ``ftkit run``, with the parameters of the notebook if one stands before ``--help``."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> NoReturn:
         parser.print_help()
@@ -99,12 +115,12 @@ class _RunHelp(argparse.Action):
 
 
 def _parameter(text: str) -> tuple[str, list[Any]]:
-    """``name=value`` as the name and all values that it stands for."""
+    """Parse ``NAME=VALUE`` into the name and all its values."""
     from ftkit.lab.runs import grid
 
     name, equals, value = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE.")
     try:
         return name, grid.values_of(value)
     except ValueError as error:
@@ -113,13 +129,13 @@ def _parameter(text: str) -> tuple[str, list[Any]]:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of runs: give 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of runs: give 1 or more.")
     return int(text)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from ftkit.data.assets import registry
-    from ftkit.lab import results
+    from ftkit.lab.results import format_table
     from ftkit.lab.runs import comparison, grid, notebooks
 
     notebook = notebooks.find_notebook(arguments.notebook)
@@ -132,14 +148,14 @@ def _run(arguments: argparse.Namespace) -> int:
         try:
             compared = comparison.compare_runs(Path(arguments.out), {job.identity for job in planned})
             print(comparison.format_comparisons(compared))
-        except ValueError as nothing:  # all failed, or the notebook saves no results
-            print(f"ftkit: {nothing}", file=sys.stderr)
+        except ValueError as error:  # all runs failed, or the notebook saves no results
+            print(f"ftkit: {error}", file=sys.stderr)
         if failed:
-            print(f"ftkit: {failed} of {len(planned)} runs failed; the same command tries them again", file=sys.stderr)
+            print(f"ftkit: {failed} of {len(planned)} runs failed; the same command runs them again", file=sys.stderr)
         return 1 if failed else 0
     run = notebooks.run_notebook(notebook, planned[0].parameters, **where)
     if run.metrics:
-        print(results.format_table(run.metrics))
+        print(format_table(run.metrics))
     if arguments.html:
         from ftkit.lab.runs.report import write_report
 
@@ -185,7 +201,7 @@ def _fetch(arguments: argparse.Namespace) -> int:
         except FileNotFoundError:
             names.append(registry.get(name).name)
     if not names:
-        raise ValueError("Nothing to fetch: name an asset or a notebook, or say --all; `ftkit assets` lists them.")
+        raise ValueError("There is nothing to fetch: name assets or a notebook, or give --all; see `ftkit assets`.")
     _fetch_assets(names)
     return 0
 

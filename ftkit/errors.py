@@ -1,4 +1,4 @@
-"""Every error of the kit, and how a message says what to do.
+"""Every error class of the kit, and the helpers that word their messages.
 
 A message is one sentence: what is wrong, the value, what to do.
 """
@@ -7,42 +7,52 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """That of the names, at least one, which is spelt most like ``name``."""
-    return difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.0)[0]
-
-
 class DataError(ValueError):
-    """Data that cannot be used as asked; the message says what is wrong and what to do."""
+    """The data cannot be used as requested, for example because a column is missing."""
 
 
 class AssetError(RuntimeError):
-    """A model or data set that cannot be had; the message is one line that says what to do."""
+    """A pinned model or data set is unknown, or cannot be downloaded, verified or stored."""
 
 
 class ModelError(ValueError):
-    """A model can't be had as asked; the message says why and what to do."""
-
-
-class TrainingError(RuntimeError):
-    """Training can't go on; the message says where it stopped, the likely cause and what to do."""
+    """A model cannot be loaded or built as requested."""
 
 
 class FreezingError(ValueError):
-    """A network can't be frozen as asked; the message says why and what to pass instead."""
+    """Layers cannot be frozen, or given their own learning rates, as requested."""
 
 
 class FeatureCacheError(ValueError):
-    """A prefix can't be cached; the message says why and what to do."""
+    """The outputs of the frozen layers cannot be cached."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot start or continue, for example because the loss is not a number."""
 
 
 class PromptError(ValueError):
-    """A prompt can't be made as asked; the message says why and what to do."""
+    """A prompt cannot be built from the given template, rows or examples."""
 
 
 class SettingsError(ValueError):
-    """A name or a value that can't be; the message is one sentence with the nearest name or the bound."""
+    """A setting has an unknown name or an invalid value."""
 
 
 class StudyError(RuntimeError):
-    """A study can't be read, run or recorded; the message is one sentence that says what to do."""
+    """A study cannot be read, run or recorded."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return the one of ``names`` (at least one) whose spelling is most similar to ``name``."""
+    return difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.0)[0]
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return the question "did you mean 'x'?", where x is the one of ``names`` (at least one) nearest to ``name``."""
+    return f"did you mean {nearest(name, names)!r}?"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or the name of its type if it has no text."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

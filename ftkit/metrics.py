@@ -1,4 +1,4 @@
-"""Accuracy, F1, calibration, intervals, paired comparison."""
+"""Accuracy, F1, calibration error, confidence intervals and paired comparison."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,11 @@ NUM_RESAMPLES = 2000
 
 
 def accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
-    """Share of rows, in [0, 1], whose prediction equals the label. Both arguments: integers of shape (N,)."""
+    """Share of rows, in [0, 1], whose prediction equals the label.
+
+    Args:
+        labels, predictions: integers, shape (N,).
+    """
     return float(np.mean(np.asarray(labels) == np.asarray(predictions)))
 
 
@@ -31,9 +35,9 @@ def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int
 
 
 def macro_f1(confusion: ArrayLike) -> float:
-    """Mean over classes of F1 = 2 TP / (2 TP + FP + FN), in [0, 1]; a rare class weighs as much as a common one.
+    """Mean over classes of F1 = 2 TP / (2 TP + FP + FN), in [0, 1]; a rare class counts as much as a common one.
 
-    Classes that are neither in the labels nor predicted are left out, as scikit-learn does.
+    A class that is neither among the labels nor among the predictions is left out, as in scikit-learn.
 
     Args:
         confusion: counts by true class (row) and predicted class (column), shape (C, C).
@@ -44,41 +48,41 @@ def macro_f1(confusion: ArrayLike) -> float:
 
 
 def expected_calibration_error(labels: ArrayLike, probabilities: ArrayLike, num_bins: int = 15) -> float:
-    """Mean gap, in [0, 1], between how sure a classifier is and how often it is right.
+    """Mean gap, in [0, 1], between the confidence and the accuracy of a classifier (Guo et al., 2017).
 
-    The rows are put into equal bins of their top-label confidence: sum over bins of
-    (n_b / N) |accuracy_b - confidence_b| (Guo et al., 2017).
+    The confidence of a row is the probability of its predicted class. The rows are sorted by confidence into bins of
+    equal width, and the error is the sum over bins of (n_b / N) |accuracy_b - confidence_b|.
 
     Args:
         labels: integers, shape (N,).
         probabilities: rows that sum to 1, shape (N, C).
-        num_bins: number of equal bins over [0, 1].
+        num_bins: number of bins over [0, 1].
     """
     probabilities = np.asarray(probabilities)
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == np.asarray(labels)
-    # (lower, upper] bins: a confidence of exactly 1 belongs to the last one
+    # bins are (lower, upper], so a confidence of exactly 1 belongs to the last one
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
     gaps = np.bincount(bins, weights=correct - confidence, minlength=num_bins)
     return float(np.abs(gaps).sum() / len(confidence))
 
 
 def majority_accuracy(train_labels: ArrayLike, test_labels: ArrayLike) -> float:
-    """Accuracy on the test rows of always answering the commonest class of the training rows."""
+    """Accuracy on the test rows of always predicting the most common class of the training rows."""
     return accuracy(test_labels, np.full(len(np.asarray(test_labels)), np.bincount(train_labels).argmax()))
 
 
 def bootstrap_interval(correct: ArrayLike, *, seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of a mean accuracy, by the bootstrap (Efron, 1979).
 
-    With one model the rows are resampled. With several seeds the seeds are resampled too, independently
-    of the rows: the interval then stands for another draw of test rows and another run of the training. It
-    covers the truth 95 times in 100, or a little more often, while the seeds differ by no more than chance
-    among the rows does; where the spread between seeds dominates it is too narrow: in simulations three
-    seeds then cover about 75 times in 100, five about 85.
+    For one model the rows are resampled. For several seeds the seeds are resampled too, independently of the rows:
+    the interval then stands for other test rows and other training runs. It covers the truth 95 times in 100, or a
+    little more often, as long as the spread between seeds is no larger than the spread that the choice of rows
+    explains. If the spread between seeds dominates, the interval is too narrow: in simulations it then covers the truth
+    about 75 times in 100 with three seeds, and about 85 times with five.
 
     Args:
-        correct: 1 where the prediction was right, else 0 (or any per-row score); shape (N,) or (seeds, N).
+        correct: 1 where the prediction is correct, else 0, or any other score of a row; shape (N,) or (seeds, N).
         seed: of the resampling.
 
     Returns:
@@ -89,7 +93,7 @@ def bootstrap_interval(correct: ArrayLike, *, seed: int = 0) -> tuple[float, flo
     """
     scores = np.atleast_2d(np.asarray(correct, dtype=float))
     if scores.size == 0:
-        raise ValueError("An interval needs at least one row; there are none: pass the rows of a test split.")
+        raise ValueError("An interval needs at least one row, but there is none: pass the rows of a test split.")
     rng = np.random.default_rng(seed)
     num_seeds, num_rows = scores.shape
     means = np.empty(NUM_RESAMPLES)
@@ -103,13 +107,14 @@ def bootstrap_interval(correct: ArrayLike, *, seed: int = 0) -> tuple[float, flo
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same rows.
+    """Two models compared on the same rows.
 
     Attributes:
         difference: accuracy of the first minus accuracy of the second.
-        ci95: bootstrap interval of that difference.
-        p_value: exact McNemar test (McNemar, 1947): could a fair coin have split the rows on which they disagree?
-            None for several seeds, whose answers to one row are not independent.
+        ci95: 95 % bootstrap interval of that difference.
+        p_value: of the exact test of McNemar (1947): how likely is a split at least as uneven, if a coin decides which
+            model is correct on each row where only one is? None for several seeds, whose predictions for one row are
+            not independent.
     """
 
     difference: float
@@ -118,27 +123,27 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """What the interval says, to stand between the names of the two."""
+        """What the interval says, worded to stand between the names of the two models."""
         low, high = self.ci95
         return "is better than" if low > 0 else "is worse than" if high < 0 else "can't be told from"
 
 
 def compare(correct_a: ArrayLike, correct_b: ArrayLike) -> Comparison:
-    """Compare two models row by row; a paired comparison sees smaller differences than two intervals do.
+    """Compare two models row by row; this detects smaller differences than two separate intervals.
 
     Args:
-        correct_a, correct_b: 1 where the model was right on the row, else 0; shape (N,) or (seeds, N), the same
-            rows in the same order.
+        correct_a, correct_b: 1 where the model is correct, else 0; shape (N,) or (seeds, N), the same rows in the same
+            order.
 
     Raises:
-        ValueError: the two are not of the same shape.
+        ValueError: the shapes differ.
     """
     from scipy.stats import binomtest
 
     a, b = np.asarray(correct_a, dtype=float), np.asarray(correct_b, dtype=float)
     if a.shape != b.shape:
         raise ValueError(
-            f"A paired comparison needs the same rows: got {a.size} and {b.size}; evaluate both on one split."
+            f"A paired comparison needs the same rows, but got {a.size} and {b.size}: evaluate both on one split."
         )
     p_value = None
     if a.ndim == 1:
@@ -149,7 +154,7 @@ def compare(correct_a: ArrayLike, correct_b: ArrayLike) -> Comparison:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a classifier did on some labelled rows.
+    """Result of a classifier on labelled rows.
 
     Attributes:
         labels: integers, shape (N,).
@@ -163,7 +168,7 @@ class Evaluation:
 
     @cached_property
     def predictions(self) -> NDArray[np.int64]:
-        """The most probable class of each row, shape (N,)."""
+        """Most probable class of each row, shape (N,)."""
         return self.probabilities.argmax(axis=1)
 
     @cached_property
@@ -173,33 +178,37 @@ class Evaluation:
 
     @cached_property
     def accuracy(self) -> float:
+        """Share of rows that were classified correctly, in [0, 1]."""
         return accuracy(self.labels, self.predictions)
 
     @property
     def scores(self) -> dict[str, float]:
-        """What a study records of it, by name."""
+        """The scores that a study records, by name."""
         return {"accuracy": self.accuracy, "macro_f1": self.macro_f1, "loss": self.loss}
 
     @cached_property
     def ci95(self) -> tuple[float, float]:
-        """Bootstrap interval of the accuracy over another draw of rows."""
+        """95 % bootstrap interval of the accuracy, over rows."""
         return bootstrap_interval(self.correct)
 
     @cached_property
     def confusion(self) -> NDArray[np.int64]:
+        """Counts by true class (row) and predicted class (column), shape (C, C)."""
         return confusion_matrix(self.labels, self.predictions, self.probabilities.shape[1])
 
     @cached_property
     def macro_f1(self) -> float:
+        """Mean F1 over classes, see ``macro_f1``."""
         return macro_f1(self.confusion)
 
     @cached_property
     def calibration_error(self) -> float:
+        """Gap between confidence and accuracy, see ``expected_calibration_error``."""
         return expected_calibration_error(self.labels, self.probabilities)
 
     @cached_property
     def majority(self) -> float:
-        """Share of the commonest class among these rows: the most that a constant answer can score."""
+        """Share of the most common class among these rows: the best accuracy of a constant prediction."""
         return float(np.bincount(self.labels).max() / len(self.labels))
 
     def __repr__(self) -> str:
@@ -212,10 +221,10 @@ class Evaluation:
 
 
 def pooled(parts: Sequence[Evaluation]) -> Evaluation:
-    """Several groups of rows as one.
+    """Join evaluations of different rows into one.
 
     Args:
-        parts: of each group, all with the same columns of probabilities.
+        parts: evaluations with the same classes.
     """
     labels, probabilities = ([getattr(part, name) for part in parts] for name in ("labels", "probabilities"))
     loss = np.average([part.loss for part in parts], weights=[len(part.labels) for part in parts])
@@ -223,13 +232,13 @@ def pooled(parts: Sequence[Evaluation]) -> Evaluation:
 
 
 def over_seeds(evaluations: Sequence[Evaluation]) -> tuple[float, tuple[float, float]]:
-    """Mean accuracy of the same rows over seeds, and its 95 % interval over rows and seeds.
+    """Mean accuracy over seeds, and its 95 % interval over rows and seeds.
 
     Args:
-        evaluations: one a seed, on the same rows in the same order.
+        evaluations: one per seed, on the same rows in the same order.
 
     Raises:
-        ValueError: the evaluations are not of the same rows.
+        ValueError: the labels of the evaluations differ.
     """
     if any(not np.array_equal(evaluation.labels, evaluations[0].labels) for evaluation in evaluations):
         raise ValueError("An interval over seeds needs the same rows for every seed: evaluate all on one split.")

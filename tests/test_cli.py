@@ -1,3 +1,5 @@
+"""The command `ftkit`, mostly on a tiny notebook that trains nothing."""
+
 import json
 from pathlib import Path
 
@@ -46,14 +48,14 @@ def test_the_tier_can_come_from_the_environment(notebook: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["run", "doubel"], "No notebook 'doubel': did you mean 'double'"),
+        (["run", "doubel"], "There is no notebook 'doubel': did you mean 'double'"),
         (["run", "double", "-p", "y=1"], "no parameter 'y': did you mean 'x'"),
         (["fetch", "minlm"], "did you mean 'minilm'"),
-        (["fetch"], "Nothing to fetch"),
-        (["run", "double", "-p", "x=1", "-p", "x=2"], "x is given 2 times: give all of its values at once, x=A,B"),
+        (["fetch"], "There is nothing to fetch"),
+        (["run", "double", "-p", "x=1", "-p", "x=2"], "x is given 2 times: give all its values at once, x=A,B"),
         (["run", "double", "-p", "x=1,2", "-p", "y=1"], "no parameter 'y': did you mean 'x'"),
-        (["run", "doubel", "--help"], "No notebook 'doubel': did you mean 'double'"),
-        (["study", "no_such_study"], "no_such_study"),
+        (["run", "doubel", "--help"], "There is no notebook 'doubel': did you mean 'double'"),
+        (["study", "no_such_study"], "There is no study 'no_such_study'"),
         (["study", "full_fine_tuning", "--only", "seed=0", "seed=1"], "seed is given 2 times"),
     ],
 )
@@ -78,9 +80,9 @@ def test_parameter_values(text: str, values: list) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["-p", "lr"], "'lr' is not of the form NAME=VALUE"),
-        (["-p", "seed=4..0"], "4..0 runs backwards: write 0..4"),
-        (["--jobs", "0"], "'0' is no number of runs: give 1 or more"),
+        (["-p", "lr"], "'lr' is not of the form NAME=VALUE."),
+        (["-p", "seed=4..0"], "The range 4..0 has its larger number first: write 0..4."),
+        (["--jobs", "0"], "'0' is not a number of runs: give 1 or more."),
     ],
 )
 def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture, options: list[str], words: str) -> None:
@@ -102,7 +104,7 @@ def test_help_after_a_notebook_lists_its_parameters(
     assert ("peak learning rate of full fine-tuning" in out) == listed
 
 
-def test_a_study_is_run_with_the_values_that_are_wanted(
+def test_a_study_runs_only_the_rows_with_given_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     asked = []

@@ -34,7 +34,7 @@ def test_scores_equal_those_of_scikit_learn(
     assert metrics.macro_f1(confusion) == pytest.approx(expected)
 
 
-def test_the_confusion_matrix_holds_for_narrow_integers_and_refuses_an_unknown_class() -> None:
+def test_the_confusion_matrix_accepts_narrow_integers_and_refuses_an_unknown_class() -> None:
     labels, predictions = np.array([19, 0], dtype=np.uint8), np.array([18, 1], dtype=np.uint8)
     confusion = metrics.confusion_matrix(labels, predictions, 20)
     assert confusion[19, 18] == confusion[0, 1] == 1
@@ -43,49 +43,49 @@ def test_the_confusion_matrix_holds_for_narrow_integers_and_refuses_an_unknown_c
         metrics.confusion_matrix([0], [2], 2)
 
 
-def test_the_majority_is_that_of_the_training_rows() -> None:
+def test_the_majority_class_is_that_of_the_training_rows() -> None:
     assert metrics.majority_accuracy([0, 1, 1, 2], [0, 0, 1, 0]) == 0.25
 
 
 # Calibration --------------------------------------------------------------------------------------------------
 
 
-def slow_calibration_error(labels: np.ndarray, probabilities: np.ndarray, num_bins: int) -> float:
+def calibration_error_by_loop(labels: np.ndarray, probabilities: np.ndarray, num_bins: int) -> float:
     total = 0.0
     for k in range(1, num_bins + 1):
         rows = [i for i, p in enumerate(probabilities) if (k - 1) / num_bins < max(p) <= k / num_bins]
         if rows:
-            right = sum(int(probabilities[i].argmax() == labels[i]) for i in rows) / len(rows)
-            sure = sum(max(probabilities[i]) for i in rows) / len(rows)
-            total += len(rows) / len(labels) * abs(right - sure)
+            accuracy = sum(int(probabilities[i].argmax() == labels[i]) for i in rows) / len(rows)
+            confidence = sum(max(probabilities[i]) for i in rows) / len(rows)
+            total += len(rows) / len(labels) * abs(accuracy - confidence)
     return total
 
 
 @pytest.mark.parametrize(("num_classes", "num_bins"), [(2, 15), (7, 15), (3, 4)])
-def test_calibration_error_equals_a_slow_one(rng: np.random.Generator, num_classes: int, num_bins: int) -> None:
+def test_calibration_error_equals_a_plain_loop(rng: np.random.Generator, num_classes: int, num_bins: int) -> None:
     probabilities = rng.dirichlet(np.full(num_classes, 0.7), size=400)
     labels = rng.integers(num_classes, size=400)
-    expected = slow_calibration_error(labels, probabilities, num_bins)
+    expected = calibration_error_by_loop(labels, probabilities, num_bins)
     assert expected_calibration_error(labels, probabilities, num_bins) == pytest.approx(expected, abs=1e-12)
 
 
-def test_calibration_error_where_it_is_known() -> None:
+def test_calibration_error_of_known_cases() -> None:
     certain = np.array([[1.0, 0.0], [0.0, 1.0]])
     assert expected_calibration_error([0, 1], certain) == 0
     assert expected_calibration_error([1, 0], certain) == 1
-    sure_at_three_quarters = np.tile([0.75, 0.25], (4, 1))
-    assert expected_calibration_error([0, 0, 0, 1], sure_at_three_quarters) == pytest.approx(0)
-    assert expected_calibration_error([1, 1, 1, 0], sure_at_three_quarters) == pytest.approx(0.5)
+    three_quarters_sure = np.tile([0.75, 0.25], (4, 1))
+    assert expected_calibration_error([0, 0, 0, 1], three_quarters_sure) == pytest.approx(0)
+    assert expected_calibration_error([1, 1, 1, 0], three_quarters_sure) == pytest.approx(0.5)
 
 
-def test_a_confidence_on_the_edge_of_a_bin_belongs_below_it() -> None:
-    """At 12/15, wrong, it shares a bin with 11.5/15, right; in the bin above it would be alone."""
+def test_a_confidence_on_the_edge_of_a_bin_belongs_to_the_lower_bin() -> None:
+    """A wrong row at 12/15 shares a bin with a correct one at 11.5/15; in the bin above it would be alone."""
     probabilities = np.array([[12 / 15, 3 / 15], [11.5 / 15, 3.5 / 15]])
     together = abs((0 - 12 / 15) + (1 - 11.5 / 15)) / 2
     assert expected_calibration_error([1, 0], probabilities) == pytest.approx(together)
     every_edge = np.array([[k / 15, 1 - k / 15] for k in range(8, 16)])
     labels = np.zeros(8, dtype=int)
-    expected = slow_calibration_error(labels, every_edge, 15)
+    expected = calibration_error_by_loop(labels, every_edge, 15)
     assert expected_calibration_error(labels, every_edge) == pytest.approx(expected, abs=1e-12)
 
 
@@ -103,7 +103,7 @@ def test_the_interval_covers_the_truth_about_95_times_in_100(
     assert 0.91 <= covered / 400 <= 0.98
 
 
-def test_the_interval_is_near_the_binomial_one_and_the_same_every_time(rng: np.random.Generator) -> None:
+def test_the_interval_is_close_to_the_binomial_one_and_reproducible(rng: np.random.Generator) -> None:
     correct = rng.random(4000) < 0.7
     half = 1.96 * np.sqrt(correct.mean() * (1 - correct.mean()) / 4000)
     interval = bootstrap_interval(correct)
@@ -124,7 +124,7 @@ def test_seeds_that_disagree_widen_the_interval(rng: np.random.Generator) -> Non
     assert width(apart) > 2 * width(same)
 
 
-def test_an_interval_of_nothing_is_refused() -> None:
+def test_an_interval_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one row"):
         bootstrap_interval([])
 
@@ -133,7 +133,7 @@ def test_an_interval_of_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(9, 2), (2, 9), (5, 5), (30, 12), (1, 0)])
-def test_the_p_value_is_that_of_a_fair_coin_on_the_rows_that_differ(only_a: int, only_b: int) -> None:
+def test_the_p_value_is_that_of_a_binomial_test_on_the_rows_that_differ(only_a: int, only_b: int) -> None:
     a = np.array([1] * 40 + [1] * only_a + [0] * only_b + [0] * 20)
     b = np.array([1] * 40 + [0] * only_a + [1] * only_b + [0] * 20)
     comparison = compare(a, b)
@@ -142,12 +142,12 @@ def test_the_p_value_is_that_of_a_fair_coin_on_the_rows_that_differ(only_a: int,
     assert comparison.ci95[0] <= comparison.difference <= comparison.ci95[1]
 
 
-def test_two_models_that_agree_do_not_differ() -> None:
+def test_two_models_with_the_same_predictions_do_not_differ() -> None:
     comparison = compare([True, False, True], [True, False, True])
     assert (comparison.difference, comparison.ci95, comparison.p_value) == (0, (0, 0), 1)
 
 
-def test_a_paired_interval_is_narrower_than_two(rng: np.random.Generator) -> None:
+def test_a_paired_interval_is_narrower_than_an_unpaired_one(rng: np.random.Generator) -> None:
     a = rng.random(1000) < 0.7
     b = np.where(rng.random(1000) < 0.05, ~a, a)  # they differ on one row in twenty
     low, high = compare(a, b).ci95
@@ -156,14 +156,14 @@ def test_a_paired_interval_is_narrower_than_two(rng: np.random.Generator) -> Non
 
 
 def test_a_comparison_of_different_rows_is_refused() -> None:
-    with pytest.raises(ValueError, match="got 3 and 2"):
+    with pytest.raises(ValueError, match="same rows, but got 3 and 2"):
         compare([1, 0, 1], [1, 0])
 
 
 # Evaluation ---------------------------------------------------------------------------------------------------
 
 
-def test_an_evaluation_gives_every_score() -> None:
+def test_an_evaluation_has_every_score() -> None:
     evaluation = make_evaluation([0, 0, 0, 1, 2], [0, 0, 1, 1, 1], num_classes=3)
     assert evaluation.predictions.tolist() == [0, 0, 1, 1, 1]
     assert evaluation.correct.tolist() == [True, True, False, True, False]
@@ -180,7 +180,7 @@ def test_an_evaluation_gives_every_score() -> None:
     )
 
 
-def test_over_seeds_gives_the_mean_and_its_interval() -> None:
+def test_over_seeds_returns_the_mean_and_its_interval() -> None:
     labels = [0, 1] * 50
     seeds = [make_evaluation(labels, [0] * n + labels[n:]) for n in (10, 40, 70)]
     mean, (low, high) = over_seeds(seeds)
@@ -190,7 +190,7 @@ def test_over_seeds_gives_the_mean_and_its_interval() -> None:
         over_seeds([seeds[0], make_evaluation(labels[::-1], labels)])
 
 
-def test_compare_over_seeds_resamples_rows_and_seeds_and_says_what_the_interval_says() -> None:
+def test_compare_over_seeds_resamples_rows_and_seeds_and_gives_a_verdict() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.random((3, 400)) < 0.9, rng.random((3, 400)) < 0.6
     comparison = compare(a, b)

@@ -92,7 +92,7 @@ def check_imports(folder: Path) -> list[str]:
     providers = metadata.packages_distributions()
     dependencies = {canonicalize_name(line.name) for line in declared(folder)}
     problems = []
-    for path in sorted((folder / "ftkit").glob("*.py")):
+    for path in sorted((folder / "ftkit").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
@@ -121,16 +121,19 @@ def code_of(folder: Path) -> str:
 
 
 def check_documents(folder: Path) -> list[str]:
-    """Links lead somewhere; every module and notebook is linked from the README; targets, variables, imports exist."""
+    """Links lead somewhere; the README names every notebook and room; targets, variables and imports exist."""
     links = {name: set(re.findall(r"\]\((?!https?:|#)([^)#]+)", read(folder, name))) for name in DOCUMENTS}
     problems = [f"{name} links to {link}" for name in DOCUMENTS for link in links[name] if not (folder / link).exists()]
-    for path in [*folder.glob("ftkit/*.py"), *folder.glob("notebooks/*.ipynb")]:
-        if path.name != "__init__.py" and path.relative_to(folder).as_posix() not in links["README.md"]:
+    for path in folder.glob("notebooks/*.ipynb"):
+        if path.relative_to(folder).as_posix() not in links["README.md"]:
             problems.append(f"README.md does not link to {path.name}")
+    tree = read(folder, "README.md").partition("```\nftkit/\n")[2].partition("```")[0]
+    rooms = [path.parent for path in folder.glob("ftkit/*/__init__.py")]
+    problems += [f"the tree of README.md lacks {room.name}/" for room in rooms if f" {room.name}/" not in tree]
     code = code_of(folder)
     targets = re.findall(r"^([a-z]+):", read(folder, "Makefile"), re.MULTILINE)
     problems += [f"there is no make {name}" for name in re.findall(r"\bmake ([a-z]+)", code) if name not in targets]
-    source = "".join(path.read_text(encoding="utf-8") for path in folder.glob("ftkit/*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in (folder / "ftkit").rglob("*.py"))
     problems += [f"nothing reads {name}" for name in re.findall(r"FTKIT_\w+", code) if f'"{name}"' not in source]
     for statement in re.findall(r"^from ftkit.*", code, re.MULTILINE):
         try:
@@ -169,12 +172,13 @@ DAMAGES = [
     (check_environment, "environment.yml", "  - pip\n", "  - pip\n  - numpy\n", "conda installs"),
     (check_environment, "environment.yml", "- -e .", "- -e .\n      - torchvision", "pip installs"),
     (check_imports, "pyproject.toml", '"psutil>=7"', '"emoji"', "psutil is not declared"),
-    (check_imports, "ftkit/meter.py", "import time", "import time, yaml", "meter.py, line 4: yaml"),
-    (check_imports, "ftkit/meter.py", "return self", "from nowhere.at import all; return self", "nowhere"),
+    (check_imports, "ftkit/training/monitor.py", "import time\n", "import time, yaml\n", "monitor.py, line 8: yaml"),
+    (check_imports, "ftkit/training/monitor.py", "return self", "from nowhere.at import all; return self", "nowhere"),
     (check_citation, "CITATION.cff", ftkit.__version__, "9.9", "version is 9.9"),
     (check_citation, "CITATION.cff", "message:", "note:", "message is missing"),
     (check_documents, "README.md", "(CONTRIBUTING.md)", "(HELPING.md)", "links to HELPING.md"),
-    (check_documents, "README.md", "(ftkit/meter.py)", "(ftkit/cli.py)", "does not link to meter.py"),
+    (check_documents, "README.md", "/02_freezing.ipynb)", "/02.ipynb)", "does not link to 02_freezing.ipynb"),
+    (check_documents, "README.md", "  continual/", "  kontinual/", "lacks continual/"),
     (check_documents, "README.md", "make lab", "make cake", "no make cake"),
     (check_documents, "README.md", "FTKIT_OFFLINE", "FTKIT_OFFLIN", "nothing reads FTKIT_OFFLIN"),
     (check_documents, "README.md", "import load_classifier", "import load_pianist", "load_pianist"),
@@ -196,6 +200,9 @@ def test_check_notices_damage(
     for name in ("pyproject.toml", "requirements.lock", "environment.yml", "CITATION.cff", "Makefile", *DOCUMENTS):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "ftkit", tmp_path / "ftkit", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "notebooks").mkdir()
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        (tmp_path / "notebooks" / path.name).touch()
     assert old in read(tmp_path, file)
     (tmp_path / file).write_text(read(tmp_path, file).replace(old, new), encoding="utf-8")
     assert any(problem in found for found in check(tmp_path))

@@ -1,4 +1,4 @@
-"""A network and rows so small that a training run takes a second."""
+"""A network and rows so small that training takes a second."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 VOCABULARY = 60
 
-torch.set_num_threads(1)  # a tiny network is faster on one core, and does not spin on the other
+torch.set_num_threads(1)  # faster for a tiny network, and leaves the other cores free
 
 
 def make_tiny_bert(dropout: float = 0.1, num_labels: int = 2, seed: int = 0) -> BertForSequenceClassification:

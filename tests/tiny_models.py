@@ -1,4 +1,4 @@
-"""Tiny random networks of the families that ftkit reads layer by layer, and a batch for each."""
+"""Tiny random networks of the families that ftkit can read layer by layer, and a batch for each."""
 
 import copy
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor
 
 VOCABULARY, WIDTH, INNER, LAYERS, CLASSES = 60, 16, 24, 3, 3
 
-_SHARED = {"num_labels": CLASSES, "initializer_range": 0.3}  # wide enough for each weight to show in the logits
+_SHARED = {"num_labels": CLASSES, "initializer_range": 0.3}  # large enough for every weight to change the logits
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _BODY = {
     "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": INNER, **_SHARED,
@@ -44,7 +44,7 @@ CONFIGS = {
     "vit": t.ViTConfig(**_BODY, image_size=8, patch_size=4),
 }
 FAMILIES = list(CONFIGS)
-TEXT_CLASSIFIERS = [name for name in FAMILIES if name not in ("t5", "vit")]  # of one stack of layers
+TEXT_CLASSIFIERS = [name for name in FAMILIES if name not in ("t5", "vit")]  # with one stack of layers
 LANGUAGE_MODELS = {
     "t5 seq2seq": lambda: t.T5ForConditionalGeneration(t.T5Config(**_T5, tie_word_embeddings=True)),
     "gpt2 lm": lambda: t.GPT2LMHeadModel(copy.deepcopy(CONFIGS["gpt2"])),
@@ -63,26 +63,26 @@ def make_tiny(name: str, seed: int = 0) -> t.PreTrainedModel:
 
 
 def make_inputs(family: str) -> dict[str, Tensor]:
-    chance = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     if family == "vit":
-        return {"pixel_values": torch.randn(3, 3, 8, 8, generator=chance)}
-    ids = torch.randint(3, VOCABULARY, (3, 7), generator=chance)
-    ids[:, -1] = 2  # T5 classifies from the token that ends a sequence
+        return {"pixel_values": torch.randn(3, 3, 8, 8, generator=generator)}
+    ids = torch.randint(3, VOCABULARY, (3, 7), generator=generator)
+    ids[:, -1] = 2  # T5 classifies from the end token
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @torch.no_grad()
 def disturb(model: torch.nn.Module) -> torch.nn.Module:
-    """Move every weight that trains, as training would."""
-    chance = torch.Generator().manual_seed(2)
+    """Change every trainable weight, as training would."""
+    generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=chance))
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
 
 
-def assert_seed_gives_start(add: Callable[..., torch.nn.Module], part: str) -> None:
-    """The seed alone gives the new weights whose names have that part, and the global chance stays as it was."""
+def assert_seed_sets_initial_weights(add: Callable[..., torch.nn.Module], part: str) -> None:
+    """The new weights with ``part`` in their names depend on the seed alone; the global random state is unchanged."""
     models = [add(make_tiny("bert"), seed=seed) for seed in (1, 1, 2)]
     name = next(name for name, parameter in models[0].named_parameters() if parameter.requires_grad and part in name)
     one, same, other = (model.get_parameter(name) for model in models)
@@ -97,7 +97,7 @@ def assert_seed_gives_start(add: Callable[..., torch.nn.Module], part: str) -> N
 
 
 def make_word_tokenizer() -> t.PreTrainedTokenizerFast:
-    """Knows the words w3 to w59, by their numbers."""
+    """A tokenizer for the words w3 to w59, whose ids are their numbers."""
     words = {"<pad>": 0, "<unk>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

@@ -1,4 +1,4 @@
-"""Sequences of tiny tasks: texts of the words w3 to w59, whose second word tells the class."""
+"""Sequences of tiny tasks: texts of the words w3 to w59, whose second word decides the class."""
 
 import datasets
 import numpy as np
@@ -24,7 +24,11 @@ def make_splits(classes: list[str], seed: int) -> dict[str, datasets.Dataset]:
 
 
 def make_sequence(kind: str = "many_tasks") -> TaskSequence:
-    """Three tasks: of 2, 3 and 2 classes with a head each, or of the same two classes, or one growing head."""
+    """Make three tasks: with 2, 3 and 2 classes and a head for each, or with the same two classes and one head.
+
+    Args:
+        kind: "many_tasks", "many_domains", or "growing", which has the same tasks as "many_tasks" and a growing head.
+    """
     classes = [["a", "b"], ["c", "d", "e"], ["f", "g"]]
     if kind == "many_domains":
         tasks = [Task(f"domain {i}", make_splits(["a", "b"], i), "all") for i in range(3)]

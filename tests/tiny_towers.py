@@ -1,4 +1,4 @@
-"""Two tiny towers, and pairs of an image of one colour and a caption that names it."""
+"""A tiny two-tower model, and pairs of an image in one colour and a caption that names the colour."""
 
 import copy
 
@@ -17,7 +17,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
 def make_towers(dropout: float = 0.0, **settings: object) -> TwoTowers:
-    """Two transformers of width 16 and 3 layers, and heads on them; also for the other tests of pairs."""
+    """Make a two-tower model from two transformers of width 16 with 3 layers."""
     torch.manual_seed(0)
     networks = []
     for kind, family, options in ((BertModel, "bert", {}), (ViTModel, "vit", {"add_pooling_layer": False})):
@@ -29,7 +29,7 @@ def make_towers(dropout: float = 0.0, **settings: object) -> TwoTowers:
 
 
 def make_pairs(number: int, seed: int = 0) -> Pairs:
-    """Images of one colour each, and captions of 2 to 4 words that name it; no two captions are the same."""
+    """Make pairs of an image in one colour and a caption of 3 to 5 words that names it; all captions are distinct."""
     rng = np.random.default_rng(seed)
     colours = rng.choice(512, size=number, replace=False)
     levels = np.stack([colours // 64, colours // 8 % 8, colours % 8], axis=1)
@@ -39,4 +39,5 @@ def make_pairs(number: int, seed: int = 0) -> Pairs:
 
 
 def brighten(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Augment an image by a random change of its brightness."""
     return (image // 2 + rng.integers(0, 100)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Few weights train (lesson 03)."""
+"""Methods that train few weights: LoRA, IA3, BitFit and bottleneck adapters (lesson 03)."""
 
 import lazy_loader
 

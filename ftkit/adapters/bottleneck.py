@@ -1,4 +1,4 @@
-"""Bottleneck adapters after Houlsby et al. (2019) and Pfeiffer et al. (2020)."""
+"""Bottleneck adapters (Houlsby et al., 2019; Pfeiffer et al., 2021)."""
 
 import json
 from pathlib import Path
@@ -13,17 +13,17 @@ from ftkit.models import architecture
 from ftkit.models.loading import class_names, name_classes
 from ftkit.models.modules import seeded
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
+_ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class Bottleneck(nn.Module):
-    """x + up(act(down(x))): two layers with a narrow middle and a way around them.
+    """x + up(act(down(x))): two linear layers with a narrow middle, and a residual connection around them.
 
-    ``up`` starts at zero, so that the module starts as the identity. It has 2 size width + size + width parameters.
+    ``up`` starts at zero, so that the module starts as the identity. It has 2 * size * width + size + width parameters.
 
     Args:
-        size: of x, of shape (..., size).
-        width: of the middle.
+        size: size of x, which has the shape (..., size).
+        width: size of the middle.
         activation: "relu" or "gelu".
     """
 
@@ -31,7 +31,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.activation = activation
         self.down = nn.Linear(size, width)
-        self.act = ACTIVATIONS[activation]()
+        self.act = _ACTIVATIONS[activation]()
         self.up = nn.Linear(width, size)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
@@ -41,27 +41,27 @@ class Bottleneck(nn.Module):
 
 
 def adapted_layers(model: PreTrainedModel, kind: str) -> list[str]:
-    """Names of the layers whose output an adapter changes: see ``add_adapters``."""
+    """Names of the layers whose output an adapter changes; see ``add_adapters`` for the kinds."""
     attention, feed_forward = architecture.block_outputs(model)
     return attention + feed_forward if kind == "houlsby" else feed_forward
 
 
 def make_adapters(model: PreTrainedModel, number: int, width: int, activation: str, seed: int) -> nn.ModuleList:
-    """New adapters of the model's hidden size, on its device and in its precision.
+    """Make adapters of the model's hidden size, on its device and in its precision.
 
     Raises:
-        ValueError: a width that is no whole number from 1, an activation that is not known.
+        ValueError: the width is not an integer of 1 or more, or the activation is unknown.
     """
     if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise ValueError(f"The width of an adapter is {width!r}: give a whole number from 1, for instance 16.")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"There is no activation {activation!r}: choose from {', '.join(ACTIVATIONS)}.")
+        raise ValueError(f"The width of an adapter is {width!r}: give an integer of 1 or more, for example 16.")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"There is no activation {activation!r}: choose from {', '.join(_ACTIVATIONS)}.")
     with seeded(seed):
         adapters = nn.ModuleList(Bottleneck(model.config.hidden_size, width, activation) for _ in range(number))
     return adapters.to(model.device, model.dtype).train(model.training)
 
 
-SETTINGS_FILE, WEIGHTS_FILE = "bottleneck.json", "bottleneck.safetensors"
+_SETTINGS_FILE, _WEIGHTS_FILE = "bottleneck.json", "bottleneck.safetensors"
 
 
 def add_adapters(
@@ -72,31 +72,31 @@ def add_adapters(
     activation: Literal["relu", "gelu"] = "relu",
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Put a ``Bottleneck`` into every block and freeze what was there, but for the head.
+    """Put a ``Bottleneck`` adapter into every block, and freeze all other weights except the head.
 
-    It is applied to the output of a block's half, projected back to the hidden size, before the residual is added:
-    after the attentions and after the feed-forward layers ("houlsby", where all layer norms train too, as in that
-    paper) or after the feed-forward layers alone ("pfeiffer", layer norms frozen). It is a submodule of the layer
-    whose output it changes, under the name ``adapter``, so that it is saved, moved and copied with the model. ALBERT,
-    whose layers share their weights, shares its adapters.
+    The adapter changes the output of a sub-layer, before the residual is added. With "pfeiffer" there is one after
+    each feed-forward sub-layer; with "houlsby" also one after each attention sub-layer, and all layer norms train, as
+    in that paper. The adapter is a submodule, named ``adapter``, of the layer whose output it changes, so that it is
+    saved, moved and copied with the model. ALBERT, whose layers share their weights, also shares its adapters.
 
     Args:
-        model: a transformer of a family that ``anatomy`` can read; changed in place. It starts as it was.
-        width: of the adapters.
-        kind: where they are.
-        activation: in their middle.
-        seed: of ``down``; the global chance stays as it was.
+        model: a transformer of an architecture in ``ftkit.models.architecture``; changed in place. At first its
+            outputs stay the same.
+        width: size of the adapters' middle.
+        kind: where the adapters are.
+        activation: the activation in their middle.
+        seed: seed of the weights of ``down``; the global random state is left unchanged.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: a value out of range, an architecture that can't be read, a model that has adapters already.
+        ValueError: a value is out of range, the architecture is unknown, or the model already has adapters.
     """
     if kind not in ("pfeiffer", "houlsby"):
         raise ValueError(f"There is no kind of adapter {kind!r}: choose 'pfeiffer' or 'houlsby'.")
     if adapter_names(model):
-        raise ValueError("The model has bottleneck adapters already: load it anew to add others.")
+        raise ValueError("The model already has bottleneck adapters: load it again to add others.")
     layers = adapted_layers(model, kind)
     adapters = make_adapters(model, len(layers), width, activation, seed)
     model.requires_grad_(False)
@@ -118,21 +118,22 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def save_bottleneck(model: PreTrainedModel, folder: str | Path) -> Path:
-    """Save the adapters, the head and, after Houlsby, the layer norms: all that training changed, and no more.
+    """Save only what training changed: the adapters, the head and, for "houlsby", the layer norms.
 
     Args:
-        folder: made if need be; what it holds of an earlier save is replaced.
+        model: a model from ``add_adapters``.
+        folder: created if it does not exist; files of an earlier save are replaced.
 
     Returns:
-        The folder, with a small safetensors file and a JSON file of the settings and the classes' names.
+        The folder, with a small safetensors file, and a JSON file with the settings and the class names.
 
     Raises:
         ValueError: the model has no adapters.
-        OSError: the folder can't be made or written.
+        OSError: the folder cannot be created or written.
     """
     names = adapter_names(model)
     if not names:
-        raise ValueError("The model has no bottleneck adapters to save: add_adapters() puts them in.")
+        raise ValueError("The model has no bottleneck adapters to save: add them with add_adapters().")
     attention = architecture.block_outputs(model)[0]
     kind = "houlsby" if any(name.removesuffix(".adapter") in attention for name in names) else "pfeiffer"
     first = model.get_submodule(names[0])
@@ -145,59 +146,60 @@ def save_bottleneck(model: PreTrainedModel, folder: str | Path) -> Path:
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in _own(model, kind).items()}, folder / WEIGHTS_FILE)
-    (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    tensors = {name: tensor.contiguous() for name, tensor in _saved_tensors(model, kind).items()}
+    save_file(tensors, folder / _WEIGHTS_FILE)
+    (folder / _SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     return folder
 
 
 def load_bottleneck(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
-    """Put saved adapters, with their head, into the base they were trained in; they can train on.
+    """Put saved adapters and their head into the base model they were trained with; training can go on.
 
     Args:
-        model: the base without adapters, with a head for as many classes; changed in place.
-        folder: what ``save_bottleneck`` wrote.
+        model: the base model without adapters, with a head for the same number of classes; changed in place.
+        folder: the folder that ``save_bottleneck`` wrote.
 
     Returns:
-        The same model, with the logits it had when it was saved.
+        The same model, with the logits it had when the adapters were saved.
 
     Raises:
-        ValueError: no adapters there, or of another architecture, size or number of classes; the model is as it was.
+        ValueError: the folder has no adapters, or they are for another architecture, size or number of classes. The
+            model is then left unchanged.
     """
     folder = Path(folder)
-    if not (folder / SETTINGS_FILE).is_file():
+    if not (folder / _SETTINGS_FILE).is_file():
         raise ValueError(
             f"There are no saved adapters in {str(folder)!r}: give the folder that save_bottleneck() returned."
         )
-    settings: dict[str, Any] = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
+    settings: dict[str, Any] = json.loads((folder / _SETTINGS_FILE).read_text("utf-8"))
     labels = settings["labels"]
     if settings["architecture"] != type(model).__name__:
         raise ValueError(
-            f"The adapters in {str(folder)!r} are of a {settings['architecture']}, this is a {type(model).__name__}: "
-            "load the model they were trained in."
+            f"The adapters in {str(folder)!r} are for a {settings['architecture']}, this is a {type(model).__name__}: "
+            "load the model they were trained with."
         )
     if len(labels) != model.config.num_labels:
         raise ValueError(
-            f"The adapters in {str(folder)!r} are for the {len(labels)} classes {labels}, the model's head for "
+            f"The adapters in {str(folder)!r} are for the {len(labels)} classes {labels}, the model's head is for "
             f"{model.config.num_labels}: load the model with these classes."
         )
-    weights = load_file(folder / WEIGHTS_FILE)
+    weights = load_file(folder / _WEIGHTS_FILE)
     kind, end = settings["kind"], ".adapter.up.bias"
     sizes = {name.removesuffix(end): len(weight) for name, weight in weights.items() if name.endswith(end)}
     if sizes != dict.fromkeys(adapted_layers(model, kind), model.config.hidden_size):
         raise ValueError(
-            f"The adapters in {str(folder)!r} are of a model with other layers: load the model they were trained in."
+            f"The adapters in {str(folder)!r} are for a model with other layers: load the model they were trained with."
         )
     add_adapters(model, settings["width"], kind=kind, activation=settings["activation"])
-    own = _own(model, kind)
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in _saved_tensors(model, kind).items():
             tensor.copy_(weights[name])
     name_classes(model.config, labels)
     return model
 
 
 def _adapt(layer: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-    """The hook of an adapted layer; it finds the adapter on the layer, so that a copied layer uses its own."""
+    """Forward hook of an adapted layer; the adapter is looked up on the layer, so that a copied layer uses its own."""
     return layer.adapter(output)
 
 
@@ -205,8 +207,8 @@ def _norm_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if type(module).__name__.endswith(("LayerNorm", "RMSNorm"))]
 
 
-def _own(model: PreTrainedModel, kind: str) -> dict[str, Tensor]:
-    """What is saved with the adapters, by name."""
+def _saved_tensors(model: PreTrainedModel, kind: str) -> dict[str, Tensor]:
+    """Weights to save, by name: adapters, head and, for "houlsby", layer norms."""
     parts = adapter_names(model) + architecture.head_names(model) + (_norm_names(model) if kind == "houlsby" else [])
     prefixes = tuple(f"{part}." for part in parts)
     return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}

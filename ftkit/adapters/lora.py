@@ -1,7 +1,6 @@
-"""LoRA (Hu et al., 2021) and IA3 (Liu et al., 2022) through peft, and BitFit (Ben Zaken et al., 2021)."""
+"""LoRA (Hu et al., 2022) and IA3 (Liu et al., 2022) with peft, and BitFit (Ben Zaken et al., 2022)."""
 
 import copy
-import difflib
 import json
 import warnings
 from collections.abc import Sequence
@@ -14,14 +13,15 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ftkit.errors import did_you_mean, first_line
 from ftkit.models import architecture
-from ftkit.models.loading import class_names, name_classes
+from ftkit.models.loading import check_dropout, class_names, name_classes
 from ftkit.models.modules import seeded
 
-# peft 0.21 reads a property that transformers has renamed: nothing that a reader could mend
+# peft 0.21 reads a property that transformers has renamed; a reader cannot change that
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
-LABELS_FILE = "labels.json"  # beside peft's two files, which do not name the classes
+_LABELS_FILE = "labels.json"  # peft's own files do not name the classes
 
 
 def add_lora(
@@ -38,34 +38,33 @@ def add_lora(
 ) -> PeftModel:
     """Add low-rank updates to linear layers, LoRA (Hu et al., 2022): h = W0 x + (alpha / rank) B A dropout(x).
 
-    A starts at random and B at zero, so that the model starts as it was. The updates and the head train, all else is
-    frozen. The model is changed in place. One that has an adapter gets another, which becomes the active one, with a
-    head of its own that starts as the base's; ``set_adapter(name)`` of the model switches.
+    A starts at random and B at zero, so that the outputs are unchanged at first. The updates and the head train, all
+    other weights are frozen. The model is changed in place. A model that already has an adapter gets another one,
+    which becomes active and has its own head, a copy of the base model's; switch with ``model.set_adapter(name)``.
 
     Args:
-        model: a transformer, with a classification or language-model head; or what this function returned.
-        rank: of the update, r.
+        model: a transformer with a classification or language-model head, or a model that this function returned.
+        rank: rank r of the update.
         alpha: the update is scaled by alpha / rank.
-        dropout: probability, in [0, 1), on the input of the update.
-        targets: names of linear layers, whole or their last parts; "all-linear" is every one below the head; None is
-            the query and value of each attention (with the key, where the three are one layer).
+        dropout: dropout probability in [0, 1) on the input of the update.
+        targets: full names of linear layers, or the last parts of their names. "all-linear" takes every linear layer
+            below the head, None the query and value layers (with the key, where one layer computes all three).
         rslora: scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023).
-        dora: train the length of each weight row apart from its direction (Liu et al., 2024).
-        name: of the adapter, without a dot.
-        seed: of A; the global chance stays as it was.
+        dora: train the length and the direction of each weight row separately (Liu et al., 2024).
+        name: name of the adapter, without a dot.
+        seed: seed of A; the global random state is left unchanged.
 
     Returns:
-        The peft model, which ``fit`` and ``evaluate`` take.
+        The peft model, for ``fit`` and ``evaluate``.
 
     Raises:
-        ValueError: a number out of range, no layer of that name, a name that is taken.
+        ValueError: a number is out of range, no layer has that name, or the adapter's name is taken.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"The rank is {rank!r}: give a whole number from 1.")
+        raise ValueError(f"The rank is {rank!r}: give an integer of 1 or more.")
     if not alpha > 0:
-        raise ValueError(f"alpha is {alpha!r}: give a number above 0, for instance twice the rank.")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"A dropout of {dropout!r} is no probability in [0, 1): try 0.1, or 0 for none.")
+        raise ValueError(f"alpha is {alpha!r}: give a number above 0, for example twice the rank.")
+    check_dropout(dropout)
     base = _base(model)
     names = _find_targets(base, targets)
     config = LoraConfig(
@@ -85,11 +84,18 @@ def add_lora(
 def add_ia3(model: PreTrainedModel | PeftModel, *, name: str = "default") -> PeftModel:
     """Rescale keys, values and the inner activations of the feed-forward layers, IA3 (Liu et al., 2022).
 
-    Each gets a vector that is multiplied in and starts at one. Where query, key and value are one layer (GPT-2,
-    ModernBERT), the query is rescaled too. The rest is as in ``add_lora``.
+    Each of them is multiplied by a vector that starts at one. Where one layer computes query, key and value (GPT-2,
+    ModernBERT), the query is rescaled too. Everything else is as in ``add_lora``.
+
+    Args:
+        model: as for ``add_lora``.
+        name: name of the adapter, without a dot.
+
+    Returns:
+        The peft model, for ``fit`` and ``evaluate``.
 
     Raises:
-        ValueError: an architecture whose blocks can't be read, a name that is taken.
+        ValueError: the architecture is unknown, or the adapter's name is taken.
     """
     base = _base(model)
     feed_forward = architecture.block_outputs(base)[1]
@@ -104,18 +110,18 @@ def add_ia3(model: PreTrainedModel | PeftModel, *, name: str = "default") -> Pef
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
-    """The plain transformers model that computes what this one does with its active adapter, weights added in.
+    """Merge the active adapter into a copy of the weights: a plain transformers model that computes the same.
 
-    The model given stays as it is, with all its adapters; in the one returned everything can train.
+    The model given is left unchanged, with all its adapters. All weights of the new model can train.
 
     Raises:
-        ValueError: a soft prompt, which is no change of weights.
+        ValueError: the adapter is a soft prompt, which changes no weights.
     """
     if model.active_peft_config.is_prompt_learning:
-        raise ValueError("A soft prompt can't be merged, for it changes no weight: save it with save_adapter.")
+        raise ValueError("A soft prompt can't be merged, since it changes no weights: save it with save_adapter.")
     copied = copy.deepcopy(model)
     base = copied.get_base_model()
-    for name in architecture.head_names(base):  # by hand, for with IA3 peft unwraps only heads of one layer
+    for name in architecture.head_names(base):  # with IA3, peft itself unwraps only heads of one layer
         head = getattr(base, name)
         if isinstance(head, ModulesToSaveWrapper):
             setattr(base, name, head.modules_to_save[model.active_adapter])
@@ -123,51 +129,59 @@ def merge(model: PeftModel) -> PreTrainedModel:
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> Path:
-    """Save the active adapter, or soft prompt, and its head as peft does, and beside them the names of its classes.
+    """Save the active adapter or soft prompt with its head in peft's format, and the names of its classes.
 
-    Plain peft loads it: ``PeftModel.from_pretrained(base, folder)``. A language model's adapter has no classes.
+    Plain peft can load it: ``PeftModel.from_pretrained(base, folder)``. A language model's adapter has no classes.
+
+    Args:
+        model: a peft model.
+        folder: created if it does not exist.
 
     Returns:
-        Where it is: the folder, which is made if need be; for an adapter with a name, as in peft, the folder of that
-        name in it.
+        The folder with the adapter: ``folder`` itself, or, if the adapter's name is not "default", the subfolder of
+        that name, as in peft.
 
     Raises:
-        OSError: the folder can't be made or written.
+        OSError: the folder cannot be created or written.
     """
     name = model.active_adapter
-    place = Path(folder) if name == "default" else Path(folder) / name
-    place.mkdir(parents=True, exist_ok=True)
-    # peft would ask the hub whether the vocabulary has grown, to save the embeddings too
+    target = Path(folder) if name == "default" else Path(folder) / name
+    target.mkdir(parents=True, exist_ok=True)
+    # False, since peft would ask the hub whether the vocabulary has grown and the embeddings must be saved too
     model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
     if architecture.head_names(_base(model)):
-        (place / LABELS_FILE).write_text(json.dumps(class_names(model.config)) + "\n", encoding="utf-8")
+        (target / _LABELS_FILE).write_text(json.dumps(class_names(model.config)) + "\n", encoding="utf-8")
     else:
-        (place / LABELS_FILE).unlink(missing_ok=True)  # of an adapter that was saved here before
-    return place
+        (target / _LABELS_FILE).unlink(missing_ok=True)  # from an adapter that was saved here before
+    return target
 
 
 def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, *, name: str = "default") -> PeftModel:
-    """Put a saved adapter with its head onto the base it was trained on; it is active and can train on.
+    """Put a saved adapter and its head onto the base model it was trained with; it is active, and training can go on.
 
     Args:
-        model: the base, with a head for as many classes if the adapter has some; or one that has adapters already.
-        folder: what ``save_adapter``, or peft, wrote.
-        name: what the adapter is called from now on.
+        model: the base model, or one that already has adapters; if the adapter has classes, with a head for as many.
+        folder: the folder that ``save_adapter`` returned, or that peft wrote.
+        name: new name of the adapter.
+
+    Returns:
+        The peft model, for ``fit`` and ``evaluate``.
 
     Raises:
-        ValueError: no adapter there, another number of classes, another architecture, a name that is taken.
+        ValueError: the folder has no adapter, the adapter is for another architecture or number of classes, or the
+            name is taken.
     """
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"There is no saved adapter in {str(folder)!r}: give the folder that save_adapter() returned.")
-    labels = json.loads((folder / LABELS_FILE).read_text("utf-8")) if (folder / LABELS_FILE).is_file() else None
+    labels = json.loads((folder / _LABELS_FILE).read_text("utf-8")) if (folder / _LABELS_FILE).is_file() else None
     if labels is not None and len(labels) != len(class_names(model.config)):
         raise ValueError(
-            f"The adapter in {str(folder)!r} is for the {len(labels)} classes {labels}, the model's head for "
+            f"The adapter in {str(folder)!r} is for the {len(labels)} classes {labels}, the model's head is for "
             f"{len(class_names(model.config))}: load the model with these classes."
         )
     _require_free(model, name)
-    # peft refuses to call a soft prompt trainable, for that of P-tuning has lost its network; its embeddings do train
+    # peft refuses is_trainable for soft prompts, since P-tuning does not save its network; the embeddings still train
     trainable = not PeftConfig.from_pretrained(folder).is_prompt_learning
     try:
         if isinstance(model, PeftModel):
@@ -177,10 +191,9 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, *, name
         else:
             loaded = PeftModel.from_pretrained(model, folder, name, is_trainable=trainable)
     except (RuntimeError, ValueError, SafetensorError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            f"The adapter in {str(folder)!r} does not fit {type(_base(model)).__name__} ({first}): load the model "
-            "that it was trained on, anew."
+            f"The adapter in {str(folder)!r} does not fit {type(_base(model)).__name__} ({first_line(error)}): "
+            "load a fresh copy of the model it was trained with."
         ) from error
     if labels is not None:
         name_classes(loaded.config, labels)
@@ -188,10 +201,13 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, *, name
 
 
 def bitfit(model: PreTrainedModel) -> PreTrainedModel:
-    """Let the biases and the head train and freeze all else, BitFit (Ben Zaken et al., 2022).
+    """Train only the biases and the head, BitFit (Ben Zaken et al., 2022).
+
+    Args:
+        model: a transformer; changed in place, all other weights are frozen.
 
     Returns:
-        The same model, changed in place.
+        The same model.
 
     Raises:
         ValueError: the model has no biases below its head (Llama, T5, ModernBERT).
@@ -210,7 +226,7 @@ def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def _task(base: PreTrainedModel) -> dict[str, Any]:
-    """What makes peft train and save the head, whatever it is called, and keep the model's call as it is."""
+    """Options that make peft train and save the head, whatever its name, and keep the signature of ``forward``."""
     endings = {
         "ForSequenceClassification": TaskType.SEQ_CLS,
         "ForCausalLM": TaskType.CAUSAL_LM,
@@ -225,7 +241,7 @@ def _task(base: PreTrainedModel) -> dict[str, Any]:
 
 
 def _find_targets(base: PreTrainedModel, targets: str | Sequence[str] | None) -> list[str]:
-    """The names of layers to give to peft."""
+    """Resolve ``targets`` to names of layers for peft."""
     layers = architecture.linear_layers(base)
     if targets == "all-linear":
         return list(layers)
@@ -236,14 +252,13 @@ def _find_targets(base: PreTrainedModel, targets: str | Sequence[str] | None) ->
         names = [name for name in last_parts if name in {*architecture.QUERIES, *architecture.VALUES}]
         if not names:
             raise ValueError(
-                f"No query and value layers are known in {type(base).__name__}: "
-                f"give targets, some of {', '.join(last_parts)}, or 'all-linear'."
+                f"The query and value layers of {type(base).__name__} are not known: "
+                f"give targets, choosing from {', '.join(last_parts)}, or 'all-linear'."
             )
         return names
     for target in targets:
         if not architecture.layers_called(base, [target]):
-            nearest = difflib.get_close_matches(target, last_parts, n=1)
-            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            hint = f" ({did_you_mean(target, last_parts)})" if last_parts else ""
             raise ValueError(
                 f"{type(base).__name__} has no linear layer {target!r} below its head{hint}: "
                 f"choose from {', '.join(last_parts)}, or 'all-linear'."
@@ -254,7 +269,7 @@ def _find_targets(base: PreTrainedModel, targets: str | Sequence[str] | None) ->
 
 
 def _is_conv1d(base: PreTrainedModel, names: Sequence[str]) -> bool:
-    """Whether these layers hold their weight as (in, out), which peft has to know."""
+    """Whether these layers store their weights as (in, out); peft needs to know."""
     layers = architecture.linear_layers(base)
     found = [layers[name] for name in architecture.layers_called(base, names)]
     return any(isinstance(getattr(layer, "base_layer", layer), Conv1D) for layer in found)
@@ -262,9 +277,9 @@ def _is_conv1d(base: PreTrainedModel, names: Sequence[str]) -> bool:
 
 def _require_free(model: PreTrainedModel | PeftModel, name: str) -> None:
     if not name or "." in name:
-        raise ValueError(f"An adapter can't be called {name!r}: give a name without a dot.")
+        raise ValueError(f"An adapter can't be named {name!r}: give a name without a dot.")
     if isinstance(model, PeftModel) and name in model.peft_config:
-        raise ValueError(f"The model has an adapter {name!r} already: give another name.")
+        raise ValueError(f"The model already has an adapter {name!r}: give another name.")
 
 
 def _add(model: PreTrainedModel | PeftModel, config: PeftConfig, name: str) -> PeftModel:

@@ -1,4 +1,4 @@
-"""Many tasks on one frozen base network, each with its own adapters and head, chosen by name."""
+"""Many tasks on one frozen base model, each with its own adapters and head."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,48 +15,49 @@ from ftkit.models import architecture
 
 
 class TaskRouter(nn.Module):
-    """Many tasks on one frozen base: a batch names its task, and goes through that task's adapters and head alone.
+    """Many tasks on one frozen base model; a batch runs through the adapters and the head of its task only.
 
-    The adapters stand after the feed-forward layers (Pfeiffer et al., 2021). Call it as
+    The adapters stand after the feed-forward sub-layers (Pfeiffer et al., 2021). Call
     ``router("topic", **batch)``, or train and evaluate one task with ``router.for_task("topic")``.
 
     Args:
-        base: a transformer with a head, whose last layer is replaced for each task; it is frozen.
-        tasks: by name, the adapters' width and the number of classes:
+        base: a transformer with a head; it is frozen. Each task gets a copy of the head with a new last layer.
+        tasks: the adapters' width and the number of classes, by name of the task:
             ``{"sentiment": {"width": 16, "num_labels": 2}, "topic": {"width": 8, "num_labels": 4}}``.
-        seed: of the new weights; the global chance stays as it was.
+        seed: seed of the new weights; the global random state is left unchanged.
 
     Attributes:
-        base: as given.
-        adapters: an nn.ModuleDict, by task, of a Bottleneck a layer. In a plain dict they would not be registered:
-            no parameters of this module, and never trained.
-        heads: an nn.ModuleDict, by task, of the modules on top.
+        base: the base model given.
+        adapters: an ``nn.ModuleDict`` with the adapters of each task, one ``Bottleneck`` for each layer. In a plain
+            dict they would not be registered as parameters of this module, and never train.
+        heads: an ``nn.ModuleDict`` with the head of each task.
 
     Raises:
-        ValueError: no tasks, a name or number that won't do, a base without a head or that can't be read.
+        ValueError: there are no tasks, a name or number cannot be used, or the base has no head or an unknown
+            architecture.
     """
 
     def __init__(self, base: PreTrainedModel, tasks: Mapping[str, Mapping[str, int]], *, seed: int = 0) -> None:
         super().__init__()
         if not isinstance(base, PreTrainedModel) or any(isinstance(module, Bottleneck) for module in base.modules()):
-            raise ValueError("The base of a router is a plain transformer: load it anew, without adapters.")
+            raise ValueError("The base of a router must be a plain transformer: load it again, without adapters.")
         if not architecture.head_names(base):
             raise ValueError(f"{type(base).__name__} has no classification head: load it with load_classifier.")
         if not tasks:
-            raise ValueError("A router needs a task: give its name, and the width and num_labels it is to have.")
+            raise ValueError("A router needs at least one task: give its name with a width and num_labels.")
         self.base = base.requires_grad_(False)
         self.layers = adapted_layers(base, "pfeiffer")
         self.adapters, self.heads = nn.ModuleDict(), nn.ModuleDict()
         for name, options in tasks.items():
             if not name or "." in name or hasattr(nn.ModuleDict, name):
-                raise ValueError(f"A task can't be called {name!r}, which PyTorch can't use: give another name.")
+                raise ValueError(f"A task can't be named {name!r}, which PyTorch does not allow: give another name.")
             if set(options) != {"width", "num_labels"} or options["num_labels"] < 2:
-                raise ValueError(f"The task {name!r} has {dict(options)}: give width, and num_labels of 2 or more.")
+                raise ValueError(f"The task {name!r} has {dict(options)}: give a width, and num_labels of 2 or more.")
             self.adapters[name] = make_adapters(base, len(self.layers), options["width"], "relu", seed)
             self.heads[name] = _make_head(base, options["num_labels"], seed)
 
     def for_task(self, task: str) -> "RoutedTask":
-        """One task as a model that ``fit`` and ``evaluate`` take; it shares all its weights with the router.
+        """One task as a model for ``fit`` and ``evaluate``; it shares all weights with the router.
 
         Raises:
             ValueError: there is no such task.
@@ -66,15 +67,15 @@ class TaskRouter(nn.Module):
         return RoutedTask(self.base, self.layers, self.adapters[task], self.heads[task])
 
     def forward(self, task: str, **batch: Tensor) -> Any:
-        """The base's output, with that task's logits of shape (B, C), for a batch without labels."""
+        """Run a batch without labels; returns the base model's output with the task's logits, shape (B, C)."""
         return self.for_task(task)(**batch)
 
 
 class RoutedTask(nn.Module):
-    """The base with the adapters and the head of one task, which alone train.
+    """The frozen base model with the adapters and the head of one task.
 
     Attributes:
-        config: the base's, with the task's number of classes.
+        config: the base model's config with the task's number of classes.
     """
 
     def __init__(self, base: PreTrainedModel, layers: list[str], adapters: nn.ModuleList, head: nn.ModuleDict) -> None:
@@ -89,9 +90,9 @@ class RoutedTask(nn.Module):
         return config
 
     def forward(self, **batch: Tensor) -> Any:
-        """As ``TaskRouter.forward``."""
-        if "labels" in batch:  # the base would reckon the loss with its own number of classes
-            raise ValueError("A routed task takes no labels: take the loss of its logits, as fit does.")
+        """Run a batch without labels, as ``TaskRouter.forward`` does."""
+        if "labels" in batch:  # the base would compute the loss with its own number of classes
+            raise ValueError("A routed task takes no labels: compute the loss from its logits, as fit does.")
         layers = [self.base.get_submodule(name) for name in self.layers]
         with _adapted(layers, self.adapters), _headed(self.base, self.head):
             return self.base(**batch)
@@ -99,7 +100,7 @@ class RoutedTask(nn.Module):
 
 @contextmanager
 def _adapted(layers: Sequence[nn.Module], adapters: Sequence[nn.Module]) -> Iterator[None]:
-    """Send the layers' outputs through the adapters, for one forward pass."""
+    """Apply the adapters to the outputs of the layers, for one forward pass."""
     hooks = [
         layer.register_forward_hook(partial(_adapt, adapter)) for layer, adapter in zip(layers, adapters, strict=True)
     ]
@@ -128,7 +129,7 @@ def _headed(base: PreTrainedModel, head: nn.ModuleDict) -> Iterator[None]:
 
 
 def _make_head(base: PreTrainedModel, num_labels: int, seed: int) -> nn.ModuleDict:
-    """A copy of the base's head with a new last layer, of normal weights and zero bias."""
+    """Copy the base model's head with a new last layer: weights from a normal distribution, bias zero."""
     head = nn.ModuleDict({name: copy.deepcopy(getattr(base, name)) for name in architecture.head_names(base)})
     name, old = _last_linear(head)
     new = nn.Linear(old.in_features, num_labels, bias=old.bias is not None)

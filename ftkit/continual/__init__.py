@@ -1,4 +1,4 @@
-"""Tasks learned in turn (lesson 05)."""
+"""Continual learning: tasks learned one after the other, and strategies against forgetting (lesson 05)."""
 
 import lazy_loader
 

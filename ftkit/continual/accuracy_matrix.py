@@ -1,4 +1,4 @@
-"""The accuracy matrix: forgetting, backward and forward transfer."""
+"""The accuracy matrix and its metrics: forgetting, backward and forward transfer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True, eq=False)
 class AccuracyMatrix:
-    """Accuracy on each of T tasks, before any training and after training on each of them in turn.
+    """Accuracy on each of T tasks, before any training and after training on each task in turn.
 
     Args:
         R: shape (T, T); R[i, j] is the accuracy, in [0, 1], on task j after training on task i.
         b: shape (T,); accuracy on each task before any training.
-        names: of the tasks, in the order they were learned.
+        names: names of the tasks, in the order in which they were learned.
 
     Raises:
-        ValueError: fewer than two tasks, shapes that do not agree, a value that is no accuracy.
+        ValueError: there are fewer than two tasks, the shapes do not match, or a value is not an accuracy.
     """
 
     R: ArrayLike
@@ -29,72 +29,72 @@ class AccuracyMatrix:
         R, b = np.array(self.R, dtype=float), np.array(self.b, dtype=float)
         if len(self.names) < 2 or R.shape != (len(self.names),) * 2 or b.shape != (len(self.names),):
             raise ValueError(
-                f"The names are {len(self.names)}, R has the shape {R.shape} and b {b.shape}: "
-                "give T names, T x T accuracies and T baselines, T at least 2."
+                f"There are {len(self.names)} names, R has shape {R.shape} and b has shape {b.shape}: "
+                "give T names, T x T accuracies and T baselines, with T at least 2."
             )
-        for where, values in (("R", R), ("b", b)):
+        for name, values in (("R", R), ("b", b)):
             wrong = values[~((values >= 0) & (values <= 1))]
             if wrong.size:
-                raise ValueError(f"{where} holds {wrong[0]:g}: give accuracies as shares from 0 to 1.")
+                raise ValueError(f"{name} contains {wrong[0]:g}: give accuracies from 0 to 1.")
         object.__setattr__(self, "R", R)
         object.__setattr__(self, "b", b)
 
     @cached_property
     def average_accuracy(self) -> float:
-        """Mean over all tasks of the accuracy in the end: mean_j R[T, j]."""
+        """Mean final accuracy over all tasks: mean_j R[T, j]."""
         return float(self.R[-1].mean())
 
     @cached_property
     def learning_accuracy(self) -> float:
-        """Mean accuracy on each task when it has just been learned: mean_i R[i, i] (Riemer et al., 2019)."""
+        """Mean accuracy on each task just after it was learned: mean_i R[i, i] (Riemer et al., 2019)."""
         return float(self.R.diagonal().mean())
 
     @cached_property
     def new_accuracy(self) -> float:
-        """Accuracy in the end on the task learned last: R[T, T]."""
+        """Final accuracy on the last task: R[T, T]."""
         return float(self.R[-1, -1])
 
     @cached_property
     def old_accuracy(self) -> float:
-        """Mean accuracy in the end on the tasks learned before it: mean over j < T of R[T, j]."""
+        """Mean final accuracy on the tasks before the last one: mean over j < T of R[T, j]."""
         return float(self.R[-1, :-1].mean())
 
     @cached_property
     def backward_transfer(self) -> float:
-        """What later training did to the tasks learned before it: mean over i < T of R[T, i] - R[i, i].
+        """Effect of later training on earlier tasks: mean over i < T of R[T, i] - R[i, i].
 
-        Lopez-Paz and Ranzato (2017); forgetting makes it negative.
+        Forgetting makes it negative (Lopez-Paz and Ranzato, 2017).
         """
         return float((self.R[-1] - self.R.diagonal())[:-1].mean())
 
     @cached_property
     def forward_transfer(self) -> float:
-        """What training on earlier tasks did for one not yet seen: mean over i >= 2 of R[i-1, i] - b[i].
+        """Effect of training on tasks not yet learned: mean over i >= 2 of R[i-1, i] - b[i].
 
-        Lopez-Paz and Ranzato (2017).
+        By Lopez-Paz and Ranzato (2017).
         """
         return float((self.R.diagonal(1) - self.b[1:]).mean())
 
     @cached_property
     def forgetting_by_task(self) -> NDArray[np.float64]:
-        """How far each task but the last has fallen from its best: max over l < T of R[l, j], less R[T, j].
+        """Drop of each task except the last from its best accuracy: max over l < T of R[l, j], minus R[T, j].
 
-        Shape (T - 1,). An entry is negative where the last training helped (Chaudhry et al., 2018).
+        Shape (T - 1,). It is negative for a task that improved during the last training (Chaudhry et al., 2018).
         """
         return self.R[:-1, :-1].max(axis=0) - self.R[-1, :-1]
 
     @cached_property
     def forgetting(self) -> float:
-        """The mean of ``forgetting_by_task``."""
+        """Mean of ``forgetting_by_task``."""
         return float(self.forgetting_by_task.mean())
 
     @cached_property
     def seen_accuracy(self) -> NDArray[np.float64]:
-        """After each task, the mean accuracy on the tasks learned so far; shape (T,)."""
+        """Mean accuracy on the tasks learned so far, after each task; shape (T,)."""
         return np.array([self.R[i, : i + 1].mean() for i in range(len(self.names))])
 
     def metrics(self) -> dict[str, float]:
-        """The figures by name, for metrics.json."""
+        """Return the metrics by name, for metrics.json."""
         return {
             "average_accuracy": self.average_accuracy,
             "new_accuracy": self.new_accuracy,
@@ -106,5 +106,5 @@ class AccuracyMatrix:
         }
 
     def __repr__(self) -> str:
-        figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.metrics().items())
-        return f"{len(self.names)} tasks ({', '.join(self.names)}): {figures}"
+        metrics = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.metrics().items())
+        return f"{len(self.names)} tasks ({', '.join(self.names)}): {metrics}"

@@ -1,7 +1,7 @@
-"""The diagonal Fisher information, row by row.
+"""The diagonal Fisher information, from the gradient of each row.
 
-It is the mean over rows of the squared gradient of log p(y|x) of each row by itself. To square the gradient of a whole
-batch is a common error: the rows' gradients cancel before they are squared, and what is left is many times too small.
+It is the mean over rows of the squared gradient of log p(y|x) of each single row. A common mistake is to square the
+gradient of a whole batch: the rows' gradients cancel before they are squared, and the result is many times too small.
 """
 
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ftkit.models.modules import eval_mode
 from ftkit.training.batching import evaluation_batches, make_batch, row_lengths
 
-KINDS = ("exact", "sampled", "empirical")
+_KINDS = ("exact", "sampled", "empirical")
 
 
 def diagonal_fisher(
@@ -25,45 +25,46 @@ def diagonal_fisher(
     batch_size: int = 16,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Mean over rows of the squared gradient of log p(y|x), in eval mode.
+    """Compute the mean over rows of the squared gradient of log p(y|x), in eval mode.
 
-    Where all that trains is in linear layers, layer norms and embeddings that a pass uses once each, one backward pass
-    gives the gradients of all rows of a batch, layer by layer: for one row that of a linear layer is the sum over its
-    tokens of (gradient of the output) x (input). Other networks get a backward pass for each row.
+    If all trainable parameters are in linear layers, layer norms and embeddings, each used once in a forward pass, then
+    one backward pass per batch gives the gradients of all its rows, layer by layer: for a linear layer, the gradient of
+    a row is the sum over its tokens of (gradient of the output) x (input). Other networks need a backward pass for each
+    row.
 
     Args:
-        model: as for ``fit``; it is left in the mode it was in, and its gradients are not touched.
-        rows: one split of what ``encode`` makes, N rows.
-        kind: where y comes from. "exact" is the true Fisher, the expectation over all classes by the model's own
-            probabilities, with a backward pass a class; "sampled" draws one y a row from them; "empirical" takes the
-            row's label (Kunstner et al., 2019, tell them apart).
-        batch_size: rows a pass; it changes memory and time, not the result.
-        seed: of the draws of "sampled".
+        model: as for ``fit``; its train or eval mode and its gradients are left unchanged.
+        rows: N rows of one split, from ``encode``.
+        kind: where y comes from (Kunstner et al., 2019, explain the difference). "exact" is the true Fisher
+            information: the expectation over all classes under the model's own probabilities, with one backward pass
+            per class. "sampled" draws one y per row from these probabilities. "empirical" takes the row's label.
+        batch_size: rows per pass; it changes memory and time, not the result.
+        seed: seed of the draws of "sampled".
 
     Returns:
-        For each parameter that requires a gradient, by name, a tensor of its shape.
+        For each trainable parameter, by name, a tensor of its shape.
 
     Raises:
-        ValueError: no such kind, no parameter that requires a gradient, no rows.
+        ValueError: there is no such kind, no parameter is trainable, or there are no rows.
     """
-    if kind not in KINDS:
-        raise ValueError(f"There is no Fisher information of kind {kind!r}: choose from {', '.join(KINDS)}.")
+    if kind not in _KINDS:
+        raise ValueError(f"There is no Fisher information of kind {kind!r}: choose from {', '.join(_KINDS)}.")
     totals = {p: torch.zeros_like(p) for p in model.parameters() if p.requires_grad}
     if not totals:
-        raise ValueError("All parameters are frozen, and have no Fisher information: set requires_grad on some.")
-    device, chance, lengths = next(model.parameters()).device, torch.Generator().manual_seed(seed), row_lengths(rows)
+        raise ValueError("All parameters are frozen and have no Fisher information: set requires_grad on some of them.")
+    device, rng, lengths = next(model.parameters()).device, torch.Generator().manual_seed(seed), row_lengths(rows)
     with eval_mode(model), torch.enable_grad():
-        by_layer = _goes_by_layer(model, rows, lengths, totals)
+        by_layer = _can_go_by_layer(model, rows, lengths, totals)
         for indices in evaluation_batches(lengths, batch_size if by_layer else 1):
             batch = make_batch(model, rows, indices, device)
             labels = batch.pop("labels")
             with _Recorder(model, totals, len(indices)) as recorder:
                 log_p = model(**batch).logits.float().log_softmax(-1)
             wanted = [output for _, _, output in recorder.calls] if by_layer else list(totals)
-            answers = _answers(log_p.detach().exp(), labels, kind, chance)
-            for left, (classes, weights) in zip(reversed(range(len(answers))), answers, strict=True):
+            targets = _targets(log_p.detach().exp(), labels, kind, rng)
+            for left, (classes, weights) in zip(reversed(range(len(targets))), targets, strict=True):
                 scores = log_p.gather(1, classes[:, None]).squeeze(1)
-                # -inf is a class that a row is not scored among; the root, for the weight is squared with the gradient
+                # masked classes (score -inf) have weight 0; the root of a weight is squared together with the gradient
                 objective = (weights.sqrt() * scores.where(weights > 0, 0.0)).sum()
                 grads = torch.autograd.grad(objective, wanted, retain_graph=left > 0, materialize_grads=True)
                 if by_layer:
@@ -76,17 +77,17 @@ def diagonal_fisher(
     return {names[parameter]: total / len(lengths) for parameter, total in totals.items()}
 
 
-def _answers(p: Tensor, labels: Tensor, kind: str, chance: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-    """For each backward pass: a class for each row, shape (N,), and how much its squared gradient counts."""
+def _targets(p: Tensor, labels: Tensor, kind: str, rng: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """Choose for each backward pass a class for each row and the weight of its squared gradient, both of shape (N,)."""
     if kind == "exact":
         return [(torch.full_like(labels, c), p[:, c]) for c in range(p.shape[1]) if (p[:, c] > 0).any()]
     if kind == "sampled":
-        labels = torch.multinomial(p.cpu(), 1, generator=chance).squeeze(1).to(p.device)
+        labels = torch.multinomial(p.cpu(), 1, generator=rng).squeeze(1).to(p.device)
     return [(labels, torch.ones_like(p[:, 0]))]
 
 
 class _Recorder:
-    """Notes, during one forward pass, the input and output of every layer that holds a parameter in question."""
+    """Record, during one forward pass, the input and output of every layer that has one of the parameters."""
 
     def __init__(self, model: nn.Module, parameters: dict[nn.Parameter, Tensor], num_rows: int) -> None:
         self.calls: list[tuple[nn.Module, Tensor, Tensor]] = []
@@ -94,25 +95,25 @@ class _Recorder:
         self._num_rows, self._hooks = num_rows, list[RemovableHandle]()
 
     def __enter__(self) -> "_Recorder":
-        self._hooks = [layer.register_forward_hook(self._note) for layer in self._layers]
+        self._hooks = [layer.register_forward_hook(self._record) for layer in self._layers]
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _note(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    def _record(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         if type(layer) not in _add_squares or not inputs:
             return output
         x = inputs[0].detach()
-        if isinstance(layer, nn.Embedding) and len(output) == 1 < self._num_rows:  # positions, once for all rows
+        if isinstance(layer, nn.Embedding) and len(output) == 1 < self._num_rows:  # of positions, the same for all rows
             x, output = (tensor.expand(self._num_rows, *tensor.shape[1:]) for tensor in (x, output))
         self.calls.append((layer, x, output))
         return output
 
 
-def _goes_by_layer(model: nn.Module, rows: Any, lengths: Any, parameters: dict[nn.Parameter, Tensor]) -> bool:
-    """Whether each parameter is used by one layer alone, of a kind that is known, once in a pass, row by row."""
+def _can_go_by_layer(model: nn.Module, rows: Any, lengths: Any, parameters: dict[nn.Parameter, Tensor]) -> bool:
+    """Tell whether a pass uses each parameter exactly once, in a layer of a known type whose output has all rows."""
     indices = next(evaluation_batches(lengths, min(2, len(lengths))))
     batch = make_batch(model, rows, indices, next(model.parameters()).device)
     batch.pop("labels")
@@ -124,14 +125,14 @@ def _goes_by_layer(model: nn.Module, rows: Any, lengths: Any, parameters: dict[n
 
 
 def _by_row(tensor: Tensor) -> Tensor:
-    """As (N, T, H), T = 1 where a row has no tokens."""
+    """Reshape to (N, T, H), with T = 1 if rows have no tokens."""
     return tensor.reshape(len(tensor), -1, tensor.shape[-1])
 
 
 def _add_linear(totals: dict[nn.Parameter, Tensor], layer: nn.Linear, x: Tensor, grad: Tensor) -> None:
     x, grad = _by_row(x), _by_row(grad)
     if layer.weight in totals:
-        for row_x, row_grad in zip(x, grad, strict=True):  # a row's gradient stays in the cache until it is squared
+        for row_x, row_grad in zip(x, grad, strict=True):  # row by row, so that the gradient is still in the CPU cache
             gradient = row_grad.T @ row_x
             totals[layer.weight].addcmul_(gradient, gradient)
     if layer.bias in totals:
@@ -148,11 +149,11 @@ def _add_norm(totals: dict[nn.Parameter, Tensor], layer: nn.LayerNorm, x: Tensor
 
 def _add_embedding(totals: dict[nn.Parameter, Tensor], layer: nn.Embedding, x: Tensor, grad: Tensor) -> None:
     x, grad = x.reshape(len(x), -1), _by_row(grad)
-    of_row = x + layer.num_embeddings * torch.arange(len(x), device=x.device)[:, None]  # a number for token and row
-    tokens, place = of_row.unique(return_inverse=True)
+    pairs = x + layer.num_embeddings * torch.arange(len(x), device=x.device)[:, None]  # one number per row and token
+    tokens, place = pairs.unique(return_inverse=True)
     gradient = grad.new_zeros(len(tokens), grad.shape[-1]).index_add_(0, place.flatten(), grad.flatten(0, 1))
     tokens = tokens % layer.num_embeddings
-    if layer.padding_idx is not None:  # that of the padding does not train
+    if layer.padding_idx is not None:  # PyTorch does not train the embedding of padding
         gradient[tokens == layer.padding_idx] = 0
     totals[layer.weight].index_add_(0, tokens, gradient.square())
 

@@ -1,4 +1,4 @@
-"""Learn tasks one after the other, and evaluate all of them after each."""
+"""Learning of tasks one after the other, with an evaluation of all tasks after each one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,15 +17,15 @@ from ftkit.training.state import History, TrainSettings
 
 @dataclass
 class SequenceRun:
-    """What came of a sequence of T tasks.
+    """Results of learning a sequence of T tasks.
 
     Attributes:
-        names: of the tasks.
-        evaluations: by split, before any training and after each task, on the rows of each task: T + 1 lists of T;
-            None where a growing head has no classes of a task yet.
-        histories: of the training of each task, its cost with that of what the strategy does before and after; where
-            nothing was trained, an empty one.
-        distances: of the weights from the start after each task, heads left out.
+        names: names of the tasks.
+        evaluations: by split, T + 1 lists (before any training, and after each task) of T evaluations, one for each
+            task; None while a growing head lacks the classes of a task.
+        histories: history of the training of each task, with the cost of what the strategy does before and after it;
+            empty if nothing was trained.
+        distances: distance of the weights, without the heads, from the starting weights after each task.
     """
 
     names: list[str]
@@ -34,18 +34,18 @@ class SequenceRun:
     distances: list[float] = field(default_factory=list)
 
     def matrix(self, split: str = "test") -> AccuracyMatrix:
-        """The accuracies on one of the splits that were measured."""
-        measured = self.evaluations[split]
-        accuracies = [[0.0 if part is None else part.accuracy for part in stage] for stage in measured]
+        """Return the accuracy matrix of one of the evaluated splits; an evaluation that is None counts as 0."""
+        stages = self.evaluations[split]
+        accuracies = [[0.0 if part is None else part.accuracy for part in stage] for stage in stages]
         return AccuracyMatrix(accuracies[1:], accuracies[0], self.names)
 
     def evaluation(self, split: str = "test") -> Evaluation:
-        """Of the model in the end, on the rows of all tasks together."""
+        """Return the evaluation of the final model on the rows of all tasks together."""
         return pooled(self.evaluations[split][-1])
 
     @property
     def history(self) -> History:
-        """The histories of all tasks as one, steps and epochs numbered through."""
+        """The histories of all tasks joined into one, with steps and epochs numbered consecutively."""
         steps = [step for history in self.histories for step in history.steps]
         epochs = [epoch for history in self.histories for epoch in history.epochs]
         return History(
@@ -67,33 +67,36 @@ def learn_sequence(
     splits: Sequence[str] = ("test",),
     callbacks: Sequence[Callback] = (),
 ) -> SequenceRun:
-    """Train a model on one task after the other, and measure it on all of them before the first and after each.
+    """Train a model on one task after the other, and evaluate it on all tasks before the first one and after each.
 
-    Heads that no training row is of stay as they are.
+    Heads without training rows stay unchanged, unless the strategy trains them as well (``Stage.old_heads``).
 
     Args:
-        model: for these tasks; trained in place, and left as the last task leaves it.
-        tasks: the rows of each by split, from ``TaskSequence.encode``.
-        strategy: what is done against forgetting.
-        settings: of the training of each task. With ``keep_best`` the epoch is kept that is best on the validation
-            rows of the task.
-        splits: to measure on.
-        callbacks: for the training of each task.
+        model: a model for these tasks; trained in place, and left as it is after the last task.
+        tasks: the rows of each task by split, from ``TaskSequence.encode``.
+        strategy: the strategy against forgetting.
+        settings: settings for the training on each task. With ``keep_best``, the epoch that is best on the validation
+            rows of the task is kept.
+        splits: splits to evaluate on.
+        callbacks: callbacks for the training on each task.
 
     Raises:
-        ValueError: tasks that are not the model's, a split they lack, label smoothing with several heads.
-        KeyboardInterrupt: the training of a task was interrupted.
+        ValueError: the tasks do not match the model, a task lacks a split, or label smoothing is used with several
+            heads.
+        KeyboardInterrupt: the training on a task was interrupted.
     """
     if len(tasks) != len(model.head_of):
         raise ValueError(
-            f"The model is for {len(model.head_of)} tasks, not {len(tasks)}: give the tasks of its sequence."
+            f"The model is for {len(model.head_of)} tasks, not {len(tasks)}: give the tasks that it was built for."
         )
     for name, task in zip(model.task_names, tasks, strict=True):
         for split in ("train", *splits):
             if not task.get(split):
-                raise ValueError(f"The task {name} has no rows of the split {split!r}: give some, or other splits.")
+                raise ValueError(
+                    f"The task {name} has no rows in the split {split!r}: add rows or choose other splits."
+                )
     if settings.label_smoothing and (model.growing or len(model.columns) > 1):
-        raise ValueError("label_smoothing would ask for classes that a row is not scored among: set it to 0.")
+        raise ValueError("label_smoothing would reward classes that are masked for a row: set it to 0.")
     strategy.set_up(model)
     heads = model.head_parameters()
     start = {name: weights for name, weights in snapshot(model).items() if name not in heads}
@@ -117,12 +120,13 @@ def learn_sequence(
 
 
 def _train(stage: Stage, callbacks: Sequence[Callback]) -> History:
+    """Train on the rows of a stage, with the heads of other tasks frozen."""
     if not stage.rows:
         return History()
     trained = {int(row["task"]) for row in stage.rows} | set(range(stage.index if stage.old_heads else 0))
     heads = stage.model.heads_of(range(stage.seen) if stage.model.growing else trained)
     for name, head in stage.model.head_parameters().items():
-        if head not in heads:  # with a gradient of zero, weight decay would still move it
+        if head not in heads:  # even with a gradient of zero, weight decay would change it
             stage.model.get_parameter(name).requires_grad_(False)
     data = {"train": stage.rows}
     if stage.settings.keep_best and stage.validation:
@@ -136,11 +140,14 @@ def _train(stage: Stage, callbacks: Sequence[Callback]) -> History:
 def evaluate_tasks(
     model: MultiHead, tasks: Sequence[Mapping[str, Rows]], strategy: Strategy, split: str = "test"
 ) -> list[Evaluation | None]:
-    """What the model answers now, a task an evaluation; None where a growing head lacks the classes of a task.
+    """Evaluate the model on each task.
 
     Args:
         model, tasks, strategy: as for ``learn_sequence``.
-        split: of the tasks.
+        split: split to evaluate on.
+
+    Returns:
+        One evaluation per task; None for a task whose classes a growing head does not have yet.
     """
     evaluations = []
     for number, task in enumerate(tasks):

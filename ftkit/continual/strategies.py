@@ -1,4 +1,4 @@
-"""Strategies against catastrophic forgetting, each with one strength."""
+"""Strategies against catastrophic forgetting. Each has one main setting, its strength."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,18 +22,18 @@ from ftkit.training.state import TrainSettings
 
 @dataclass
 class Stage:
-    """What is about to be learned, for a strategy to change.
+    """The training on one task, which a strategy may change before it starts.
 
     Attributes:
-        model: the network; all that is to train requires a gradient.
-        tasks: the rows of all tasks by split.
+        model: the network; parameters that require a gradient train.
+        tasks: rows of all tasks by split.
         index: number of the task, from 0.
-        settings: of the training.
-        rows: to train on; none where there is nothing to train.
-        validation: rows to choose the best epoch on.
-        penalties: for the loss.
-        seen: tasks whose classes a growing head has by now.
-        old_heads: whether the heads of earlier tasks train too, though no row is theirs.
+        settings: training settings.
+        rows: training rows; if empty, nothing is trained.
+        validation: rows for choosing the best epoch.
+        penalties: penalties added to the loss.
+        seen: number of tasks whose classes a growing head has by now.
+        old_heads: whether to train the heads of earlier tasks too, although no training row belongs to them.
     """
 
     model: MultiHead
@@ -48,44 +48,47 @@ class Stage:
 
     @property
     def new_heads(self) -> set[str]:
-        """Names of the parameters of heads that no earlier task has trained."""
-        fresh = {self.model.head_of[self.index]} - self.model.heads_of(range(self.index))
-        return {name for name, head in self.model.head_parameters().items() if head in fresh}
+        """Parameter names of the heads that no earlier task has trained."""
+        new = {self.model.head_of[self.index]} - self.model.heads_of(range(self.index))
+        return {name for name, head in self.model.head_parameters().items() if head in new}
 
 
 class Strategy:
-    """Naive fine-tuning on one task after the other; what the others do differently, they override.
+    """Naive fine-tuning on one task after the other, and the base class of all other strategies.
 
-    Args:
-        strength: the one knob of a strategy; this one has none.
+    Attributes:
+        strength: the main setting of a strategy; None here, because naive fine-tuning has none.
     """
 
     strength: float | None = None
 
     def set_up(self, model: MultiHead) -> None:
-        """Before the first task."""
+        """Hook before the first task."""
 
     def before(self, stage: Stage) -> None:
-        """Before each task, with the weights that the one before left."""
+        """Hook before each task, when the model has the weights from the previous one."""
         stage.model.requires_grad_(True)
 
     def after(self, stage: Stage) -> None:
-        """After each task, before anything is measured."""
+        """Hook after each task, before the evaluation."""
 
     def activate(self, model: MultiHead, task: int) -> None:
-        """Before a task is measured."""
+        """Hook before the evaluation on a task."""
 
     def distance(self, model: MultiHead, start: Mapping[str, Tensor]) -> float:
-        """How far the weights, heads aside, have come from those before any training."""
+        """Return the distance of the weights, without the heads, from the weights before any training."""
         return weight_distance(model, start)
 
 
-FISHER_ROWS = 256  # of a task's training rows
+_FISHER_ROWS = 256  # training rows per task for the Fisher information
 
 
 class Joint(Strategy):
-    """All tasks at once, in as many steps: what a sequence can hope for. Nothing is learned after the first stage, so
-    that all rows of its matrix are the same, and its learning accuracy is its average accuracy."""
+    """Training on all tasks at once, with the same total number of steps: an upper reference for a sequence.
+
+    Nothing is learned after the first stage. Therefore all rows of the accuracy matrix are the same, and the learning
+    accuracy equals the average accuracy.
+    """
 
     def before(self, stage: Stage) -> None:
         super().before(stage)
@@ -95,36 +98,43 @@ class Joint(Strategy):
 
 
 class Frozen(Strategy):
-    """Only the heads train, and the topmost groups of the network.
+    """Training of the heads and the topmost layer groups only.
 
     Args:
-        strength: how many groups of ``layer_groups``; with 0 nothing that tasks share trains, nothing is forgotten.
+        strength: number of groups from ``layer_groups`` to train; with 0, no shared weight trains, so nothing is
+            forgotten.
     """
 
     def __init__(self, strength: int = 0) -> None:
         self.strength = strength
 
     def before(self, stage: Stage) -> None:
-        """Raises ValueError: the network has not that many groups."""
+        """Raises ValueError: the network has fewer groups, or the number is negative."""
         model = stage.model.requires_grad_(False)
         groups = layer_groups(model.network)
         if not 0 <= self.strength <= len(groups):
-            raise ValueError(f"The network has {len(groups)} groups, and {self.strength} are to train: give 0 or more.")
+            raise ValueError(
+                f"The network has {len(groups)} layer groups, and {self.strength} of them cannot be trained: give a "
+                f"number from 0 to {len(groups)}."
+            )
         shared = [p for group in groups[len(groups) - int(self.strength) :] for p in group.parameters.values()]
         for parameter in [*shared, *map(model.get_parameter, model.head_parameters())]:
             parameter.requires_grad_(True)
 
 
 class LowRate(Strategy):
-    """From the second task on, a lower learning rate.
+    """A lower learning rate from the second task on.
 
     Args:
-        strength: what the rate is multiplied by, in (0, 1]; with 1 it is naive fine-tuning.
+        strength: factor on the learning rate, in (0, 1]; 1 is naive fine-tuning.
+
+    Raises:
+        ValueError: the factor is outside (0, 1].
     """
 
     def __init__(self, strength: float = 0.1) -> None:
         if not 0 < strength <= 1:
-            raise ValueError(f"A rate multiplied by {strength!r} is not a low one: give a factor in (0, 1].")
+            raise ValueError(f"The factor on the learning rate is {strength!r}: give a number in (0, 1].")
         self.strength = strength
 
     def before(self, stage: Stage) -> None:
@@ -134,11 +144,12 @@ class LowRate(Strategy):
 
 
 class L2SPStrategy(Strategy):
-    """L2-SP: from the second task on, the weights are held to those with which the task starts; a head that is new is
-    free, and has the weight decay of the optimiser.
+    """L2-SP (Li et al., 2018): from the second task on, the weights are pulled towards those that the task starts with.
+
+    A new head is not pulled towards its start; only the optimiser's weight decay applies to it.
 
     Args:
-        strength: alpha.
+        strength: alpha, 0 or more.
     """
 
     def __init__(self, strength: float = 0.01) -> None:
@@ -151,12 +162,12 @@ class L2SPStrategy(Strategy):
 
 
 class EWCStrategy(Strategy):
-    """EWC, with the Fisher information of each task, of up to 256 of its rows.
+    """EWC (Kirkpatrick et al., 2017), with each task's Fisher information from at most 256 of its training rows.
 
     Args:
-        strength: lambda.
-        kind: of Fisher information, as for ``diagonal_fisher``.
-        decay: of the online variant; None for the other one.
+        strength: lambda, 0 or more.
+        kind: kind of Fisher information, as for ``diagonal_fisher``.
+        decay: decay of online EWC, as for ``EWC``; None is plain EWC.
     """
 
     def __init__(
@@ -175,15 +186,15 @@ class EWCStrategy(Strategy):
 
     def after(self, stage: Stage) -> None:
         if stage.index < len(stage.tasks) - 1:
-            fisher = diagonal_fisher(stage.model, stage.tasks[stage.index]["train"][:FISHER_ROWS], self.kind)
+            fisher = diagonal_fisher(stage.model, stage.tasks[stage.index]["train"][:_FISHER_ROWS], self.kind)
             self.penalty.remember(stage.model, fisher)
 
 
 class LwF(Strategy):
-    """Distillation: on the rows of a new task, the heads of old tasks go on saying what they said before it.
+    """Learning without forgetting (Li and Hoiem, 2016): on new rows, the heads of old tasks keep their predictions.
 
     Args:
-        strength: of the distillation.
+        strength: strength of the distillation, 0 or more.
     """
 
     def __init__(self, strength: float = 1.0) -> None:
@@ -199,22 +210,22 @@ class LwF(Strategy):
 
 
 def distil(stage: Stage, penalty: Distillation) -> None:
-    """Add to all rows what the model says of them before the task, and hold it to that where it has learned a task."""
+    """Add distillation from the model before the task, on all rows of the stage and for the heads of old tasks."""
     columns = {head: stage.model.columns[head] for head in stage.model.head_of[: stage.index]}
-    every = [column for part in columns.values() for column in part]
-    penalty.heads = [every] if stage.model.growing else list(columns.values())
+    all_columns = [column for head_columns in columns.values() for column in head_columns]
+    penalty.heads = [all_columns] if stage.model.growing else list(columns.values())
     stage.rows = add_old_logits(stage.model, stage.rows)
     stage.penalties.append(penalty)
     stage.old_heads = True
 
 
 class Replay(Strategy):
-    """Beside the rows of a new task, as many of a memory of the old ones, in steps of twice the rows.
+    """Replay: the rows of a new task, mixed with as many old ones from a replay buffer, in steps of twice the rows.
 
     Args:
-        strength: rows in the memory, M.
-        kind: of memory, "reservoir" or "balanced".
-        seed: of its choices.
+        strength: number of rows in the replay buffer, M.
+        kind: kind of replay buffer, "reservoir" or "balanced".
+        seed: seed of the random choices.
     """
 
     def __init__(
@@ -225,16 +236,16 @@ class Replay(Strategy):
     def before(self, stage: Stage) -> None:
         super().before(stage)
         if stage.index:
-            memory = ReplayBuffer(int(self.strength), self.kind, seed=self.seed)
-            for task in stage.tasks[: stage.index]:  # made anew, which gives the same one and needs no file
-                memory.add(task["train"])
-            stage.rows = mix(stage.rows, memory.rows, seed=self.seed + stage.index)
+            buffer = ReplayBuffer(int(self.strength), self.kind, seed=self.seed)
+            for task in stage.tasks[: stage.index]:  # filling it again each time gives the same rows
+                buffer.add(task["train"])
+            stage.rows = mix(stage.rows, buffer.rows, seed=self.seed + stage.index)
             twice = {"accumulation": 2 * stage.settings.accumulation}
             stage.settings = stage.settings.model_copy(update=twice)
 
 
 class ReplayDistillation(Replay):
-    """Replay, and on all of these rows distillation from the model before the task, at strength 1."""
+    """Replay, with distillation of strength 1 from the model before the task on both old and new rows."""
 
     def set_up(self, model: MultiHead) -> None:
         self.penalty = Distillation(model)
@@ -246,7 +257,7 @@ class ReplayDistillation(Replay):
 
 
 class LoRA(Strategy):
-    """One low-rank update (LoRA, alpha twice the rank) that all tasks train in turn, and the heads.
+    """One LoRA adapter (Hu et al., 2022), with alpha twice the rank, that all tasks train in turn, and the heads.
 
     Args:
         strength: the rank.
@@ -268,7 +279,7 @@ class LoRA(Strategy):
         return "shared"
 
     def distance(self, model: MultiHead, start: Mapping[str, Tensor]) -> float:
-        """By the weights with the active update merged in."""
+        """Return the distance for the weights with the active adapter merged in."""
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         with torch.no_grad():
             deltas = [layer.get_delta_weight(layer.active_adapters[0]) for layer in layers]
@@ -276,12 +287,12 @@ class LoRA(Strategy):
 
 
 class LoRAPerTask(LoRA):
-    """A low-rank update and a head for each task, chosen by the task of a row: nothing is shared, nothing forgotten."""
+    """A LoRA adapter and a head for each task, chosen by the task of a row: nothing is shared, nothing is forgotten."""
 
     def set_up(self, model: MultiHead) -> None:
-        """Raises ValueError: a growing head, whose rows do not tell their task."""
+        """Raises ValueError: the model has a growing head, for which the task of a row is unknown."""
         if model.growing:
-            raise ValueError("LoRA per task needs to know a row's task, and a growing head is not told: use LoRA.")
+            raise ValueError("LoRA per task needs the task of each row, and a growing head does not know it: use LoRA.")
         for task in range(len(model.head_of)):
             self._add(model, self._name(task))
 
@@ -293,7 +304,7 @@ class LoRAPerTask(LoRA):
 
 
 class WiSEFT(Strategy):
-    """WiSE-FT: after each task but the first, the weights are averaged with those from before it.
+    """WiSE-FT (Wortsman et al., 2022): after each task but the first, weights are averaged with those from before it.
 
     Args:
         strength: share of the old weights, in [0, 1].
@@ -328,10 +339,14 @@ STRATEGIES: dict[str, type[Strategy]] = {
 
 
 def make_strategy(name: str, strength: float | None = None) -> Strategy:
-    """A strategy by its name in ``STRATEGIES``, at a strength, or at the one it has by default.
+    """Make a strategy.
+
+    Args:
+        name: a key of ``STRATEGIES``.
+        strength: its strength; None takes the default.
 
     Raises:
-        ValueError: no such strategy, or one that has no strength.
+        ValueError: there is no such strategy, or it has no strength.
     """
     if name not in STRATEGIES:
         raise ValueError(f"There is no strategy {name!r}: choose from {', '.join(STRATEGIES)}.")

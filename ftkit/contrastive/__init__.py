@@ -1,4 +1,4 @@
-"""Images and texts in one space (lesson 06)."""
+"""Contrastive learning: images and texts in one space (lesson 06)."""
 
 import lazy_loader
 

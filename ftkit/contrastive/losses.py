@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+PairLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # of text, image, logit_scale and groups
 
 
 def clip_loss(
     text: Tensor, image: Tensor, logit_scale: Tensor, groups: Tensor | None = None, *, normalise: bool = True
 ) -> Tensor:
-    """The symmetric InfoNCE loss of CLIP (Radford et al., 2021): each text finds its image, each image its text.
+    """The symmetric InfoNCE loss of CLIP (Radford et al., 2021): each text finds its image, and each image its text.
 
-    A model that knows nothing scores ln B.
+    A model that cannot tell the pairs apart scores ln B.
 
     Args:
-        text, image: embeddings of B pairs, shape (B, D).
-        logit_scale: logarithm of the factor on the similarities, a scalar.
-        groups: a number for each pair, shape (B,); pairs of one number say the same, and are not each other's
-            negatives. None takes all pairs for different.
-        normalise: whether the similarities are cosines; else they are dot products.
+        text, image: embeddings of B pairs, shape (B, D); row i of both belongs to pair i.
+        logit_scale: natural logarithm of the factor on the similarities, a scalar.
+        groups: group number of each pair, shape (B,). Pairs of one group say the same, so they are not each other's
+            negatives. None treats all pairs as different.
+        normalise: use cosines as similarities; False uses dot products.
 
     Returns:
         The mean loss, a scalar, in nats.
@@ -42,18 +42,18 @@ def siglip_loss(
     *,
     normalise: bool = True,
 ) -> Tensor:
-    """The pairwise sigmoid loss of SigLIP (Zhai et al., 2023): each of the B² combinations is right or wrong.
+    """The pairwise sigmoid loss of SigLIP (Zhai et al., 2023): is each of the B² combinations a pair, or not?
 
     Args:
         text, image, logit_scale, groups, normalise: as for ``clip_loss``.
         logit_bias: added to the logits, a scalar.
 
     Returns:
-        The summed loss of the B² combinations over B, a scalar, in nats.
+        The sum of the losses of the B² combinations, divided by B; a scalar, in nats.
     """
     logits = logit_scale.exp() * _similarities(text, image, normalise) + logit_bias
-    right = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    losses = -F.logsigmoid(torch.where(right, logits, -logits))
+    is_pair = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    losses = -F.logsigmoid(torch.where(is_pair, logits, -logits))
     if groups is not None:
         losses = losses.masked_fill(_duplicates(groups), 0.0)
     return losses.sum() / len(logits)
@@ -66,5 +66,5 @@ def _similarities(text: Tensor, image: Tensor, normalise: bool) -> Tensor:
 
 
 def _duplicates(groups: Tensor) -> Tensor:
-    """Which combinations, off the diagonal, are of one group, shape (B, B)."""
+    """Mask of the combinations of two different pairs of one group, shape (B, B)."""
     return (groups[:, None] == groups) & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
@@ -22,16 +23,21 @@ from ftkit.models.modules import eval_mode, seeded
 from ftkit.training.batching import evaluation_batches, make_batch, row_lengths
 from ftkit.training.losses import ModelWithLoss
 
-START_SCALE, MAX_SCALE = math.log(1 / 0.07), math.log(100)  # of CLIP, as logarithms
+_CLIP_SCALE, _MAX_SCALE = math.log(1 / 0.07), math.log(100)  # logarithms; initial value and upper bound of CLIP
 
-START_SIGLIP = (math.log(10), -10.0)  # scale and bias: at first every pair is taken for a wrong one, as most are
+_SIGLIP_SCALE, _SIGLIP_BIAS = math.log(10), -10.0  # initial values: like most combinations, all start as no pair
 
-FEATURES = {"text": "text_features", "image": "image_features"}  # columns of what a locked tower gave
+FEATURE_COLUMNS = {"text": "text_features", "image": "image_features"}  # by tower, in rows of ``cache_towers``
 
 
 @dataclass
 class PairOutput:
-    """What two towers give of a batch: the loss, a scalar, and the embeddings of texts and images, (B, D) each."""
+    """Output of a two-tower model for a batch.
+
+    Attributes:
+        loss: a scalar.
+        text, image: embeddings, shape (B, D) each.
+    """
 
     loss: Tensor
     text: Tensor
@@ -39,26 +45,26 @@ class PairOutput:
 
 
 class TwoTowers(ModelWithLoss):
-    """A text encoder and an image encoder, a head on each, and the temperature (Radford et al., 2021).
+    """A text encoder and an image encoder, each with a head, and a temperature (Radford et al., 2021).
 
-    ``fit`` trains it, with the rows of ``encode_pairs`` or, locked towers encoded once, of ``cache_towers``; a batch's
-    other pairs are the negatives, so that ``batch_size`` is part of the loss.
+    ``fit`` trains it on rows of ``encode_pairs`` or, if a tower is locked, of ``cache_towers``. The other pairs of a
+    batch are the negatives, so ``batch_size`` is part of the loss.
 
     Args:
         text, image: from ``load_text_encoder`` and ``load_image_encoder``.
         dim: width D of the common space.
-        head: of each tower, "linear" (no bias) or "mlp" (as wide as the tower, one hidden layer).
-        loss: "clip", "siglip", or a function of text and image embeddings, logit scale and groups.
-        temperature: that is started with, 1 / scale; SigLIP starts at 0.1.
-        learn_temperature: whether it is trained, within [0.01, 1].
-        normalise: whether similarities are cosines; else they are dot products.
-        chunk_size: pairs that a tower holds in memory at once. The loss is still that of the whole batch: chunks are
-            encoded, forgotten, and encoded again for their gradient (gradient caching, Gao et al., 2021). None encodes
-            the batch in one piece.
-        seed: of the heads' weights.
+        head: of each tower, "linear" (no bias) or "mlp" (one hidden layer as wide as the tower).
+        loss: "clip", "siglip", or a function of text embeddings, image embeddings, logit scale and groups.
+        temperature: initial temperature, 1 / scale, in [0.01, 1]; None is 0.1 for "siglip" and 0.07 for other losses.
+        learn_temperature: train the temperature, within [0.01, 1].
+        normalise: use cosines as similarities; False uses dot products.
+        chunk_size: pairs that a tower encodes at a time, to save memory. The loss is still that of the whole batch: a
+            chunk is encoded without keeping its activations, and once more for its gradient (gradient caching, Gao et
+            al., 2021). None encodes the batch in one piece.
+        seed: of the heads' initial weights.
 
     Raises:
-        ValueError: no such loss or head, or a temperature outside of [0.01, 1].
+        ValueError: the loss or the head is unknown, or the temperature is outside [0.01, 1].
     """
 
     memory_advice = "give the model a chunk_size, or a smaller one, which trains the same"
@@ -79,26 +85,30 @@ class TwoTowers(ModelWithLoss):
     ) -> None:
         super().__init__()
         if isinstance(loss, str) and loss not in ("clip", "siglip"):
-            raise ValueError(f"There is no loss {loss!r}: give clip, siglip, or a function.")
+            raise ValueError(f"There is no loss {loss!r}: choose clip or siglip, or pass a function.")
         if temperature is not None and not 0.01 <= temperature <= 1:
-            raise ValueError(f"A temperature of {temperature} is outside 0.01 to 1: CLIP starts at 0.07.")
+            raise ValueError(f"A temperature of {temperature} is outside the range 0.01 to 1: try 0.07, as in CLIP.")
         self.text, self.image, self.loss, self._dim = text, image, loss, dim
         self.normalise, self.chunk_size = normalise, chunk_size
         with seeded(seed):
             self.text_head, self.image_head = (_make_head(head, tower.width, dim) for tower in (text, image))
-        start = START_SIGLIP[0] if loss == "siglip" else START_SCALE
+        start = _SIGLIP_SCALE if loss == "siglip" else _CLIP_SCALE
         scale = torch.tensor(start if temperature is None else -math.log(temperature))
         self.logit_scale = nn.Parameter(scale, requires_grad=learn_temperature)
         if loss == "siglip":
-            self.logit_bias = nn.Parameter(torch.tensor(START_SIGLIP[1]))
+            self.logit_bias = nn.Parameter(torch.tensor(_SIGLIP_BIAS))
         self.to(self.device).eval()
 
     @classmethod
     def from_clip(cls, name: str, *, chunk_size: int | None = None) -> "TwoTowers":
-        """A whole CLIP model, of the hub or a folder, with its own projections and temperature.
+        """Load a complete CLIP model with its own projections and temperature.
+
+        Args:
+            name: a hub id or a folder.
+            chunk_size: as for the class.
 
         Raises:
-            ModelError: no such model, or none of that kind.
+            ModelError: there is no such model, or it is not a CLIP model.
         """
         text, image, text_head, image_head, logit_scale = load_clip(name)
         model = cls(text, image, text_head.out_features, chunk_size=chunk_size)
@@ -108,29 +118,35 @@ class TwoTowers(ModelWithLoss):
 
     @property
     def device(self) -> torch.device:
+        """Where the model computes."""
         return next(self.text.parameters()).device
 
     @property
     def temperature(self) -> float:
-        """1 / scale, now."""
+        """The current temperature, 1 / scale."""
         return float((-self.logit_scale.detach()).exp())
 
     def lock(self, *towers: Literal["text", "image"]) -> "TwoTowers":
-        """Freeze towers, but not their heads: both locked trains the heads only; the image tower is LiT (Zhai et al.,
-        2022). Returns the model."""
+        """Freeze towers, but not their heads, and return the model.
+
+        Locking the image tower only is locked-image tuning, LiT (Zhai et al., 2022).
+
+        Raises:
+            ValueError: there is no such tower.
+        """
         for tower in towers:
-            if tower not in FEATURES:
-                raise ValueError(f"There is no tower {tower!r}: give text, image, or both.")
+            if tower not in FEATURE_COLUMNS:
+                raise ValueError(f"There is no tower {tower!r}: choose text, image, or both.")
             getattr(self, tower).requires_grad_(False)
         return self
 
     def forward(self, labels: Tensor | None = None, **columns: Tensor) -> PairOutput:
-        """Embed a batch of pairs and work out the loss; ``labels`` are the groups, as for ``clip_loss``."""
+        """Embed a batch of pairs and compute the loss; ``labels`` are the ``groups`` of ``clip_loss``."""
         text, image = self.embed_text(**columns), self.embed_image(**columns)
         return PairOutput(self.pair_loss(text, image, labels), text, image)
 
     def pair_loss(self, text: Tensor, image: Tensor, groups: Tensor | None = None) -> Tensor:
-        """The loss that this model is trained with, of embeddings as for ``clip_loss``."""
+        """Loss of a batch of embeddings, with this model's own loss and scale; arguments as for ``clip_loss``."""
         if self.loss == "siglip":
             return siglip_loss(text, image, self.logit_scale, groups, self.logit_bias, normalise=self.normalise)
         if self.loss == "clip":
@@ -138,14 +154,14 @@ class TwoTowers(ModelWithLoss):
         return self.loss(text, image, self.logit_scale, groups)
 
     def embed_text(self, text_features: Tensor | None = None, **columns: Tensor) -> Tensor:
-        """Embeddings (B, D) of tokenised texts, or of what the locked text tower gave, (B, width)."""
-        inputs = {name: column for name, column in columns.items() if name not in ("pixel_values", FEATURES["image"])}
+        """Embed tokenised texts, or cached features (B, width) of the locked text tower; gives shape (B, D)."""
+        inputs = {name: column for name, column in columns.items() if name not in ("pixel_values", "image_features")}
         return self._embed(self.text, self.text_head, inputs, text_features)
 
     def embed_image(
         self, pixel_values: Tensor | None = None, image_features: Tensor | None = None, **columns: Tensor
     ) -> Tensor:
-        """Embeddings (B, D) of images (B, 3, S, S), or of what the locked image tower gave, (B, width)."""
+        """Embed images (B, 3, S, S), or cached features (B, width) of the locked image tower; gives shape (B, D)."""
         return self._embed(self.image, self.image_head, {"pixel_values": pixel_values}, image_features)
 
     def _embed(self, tower: nn.Module, head: nn.Module, inputs: dict[str, Tensor], features: Tensor | None) -> Tensor:
@@ -153,27 +169,35 @@ class TwoTowers(ModelWithLoss):
         if features is None:
             features = self._encode_in_chunks(tower, inputs, trains)
         elif trains:
-            raise ValueError("These rows were cached with a tower locked that is to train now: cache them again.")
+            raise ValueError("The rows hold cached features of a tower that now trains: lock it or encode them again.")
         embedded = head(features)
         return F.normalize(embedded, dim=-1) if self.normalise else embedded
 
     def _encode_in_chunks(self, tower: nn.Module, inputs: dict[str, Tensor], trains: bool) -> Tensor:
-        size, number = self.chunk_size, len(next(iter(inputs.values())))
-        if size is None or number <= size:
+        size, num_pairs = self.chunk_size, len(next(iter(inputs.values())))
+        if size is None or num_pairs <= size:
             return tower(**inputs)
-        parts = [{name: column[i : i + size] for name, column in inputs.items()} for i in range(0, number, size)]
-        # checkpoint draws the same dropout again, and needs no gradient of its inputs
+        parts = [{name: column[i : i + size] for name, column in inputs.items()} for i in range(0, num_pairs, size)]
+        # the second pass repeats the dropout of the first; use_reentrant=False, for the inputs need no gradient
         encode = partial(checkpoint, tower, use_reentrant=False) if trains else tower
         return torch.cat([encode(**part) for part in parts])
 
     def after_step(self) -> None:
         """Keep the scale within [1, 100]."""
         with torch.no_grad():
-            self.logit_scale.clamp_(0, MAX_SCALE)
+            self.logit_scale.clamp_(0, _MAX_SCALE)
 
     @torch.inference_mode()
     def encode(self, rows: Sequence[Any], *, batch_size: int = 16) -> tuple[Tensor, Tensor]:
-        """Embeddings of the texts and of the images of all rows, in eval mode, on the CPU, (N, D) each."""
+        """Embed the texts and the images of all rows, in eval mode.
+
+        Args:
+            rows: N rows of ``encode_pairs`` or ``cache_towers``.
+            batch_size: rows in a forward pass.
+
+        Returns:
+            Text embeddings and image embeddings, shape (N, D) each, on the CPU.
+        """
         order, texts, images = [], [], []
         with eval_mode(self):
             for indices in evaluation_batches(row_lengths(rows), batch_size):
@@ -182,29 +206,27 @@ class TwoTowers(ModelWithLoss):
                 texts.append(self.embed_text(**batch).float().cpu())
                 images.append(self.embed_image(**batch).float().cpu())
                 order.append(torch.from_numpy(indices))
-        given = torch.cat(order).argsort()
-        return torch.cat(texts)[given], torch.cat(images)[given]
+        restored = torch.cat(order).argsort()
+        return torch.cat(texts)[restored], torch.cat(images)[restored]
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
-        """Embeddings of texts, in eval mode, on the CPU, (N, D)."""
-        most, embedded = min(self.text.tokenizer.model_max_length, 512), [torch.empty(0, self._dim)]
+        """Embed N texts in eval mode; gives shape (N, D), on the CPU."""
+        max_length, embedded = min(self.text.tokenizer.model_max_length, 512), [torch.empty(0, self._dim)]
         with eval_mode(self):
             for start in range(0, len(texts), batch_size):
                 part = list(texts[start : start + batch_size])
-                batch = self.text.tokenize(part, most, padding=True, return_tensors="pt")
+                batch = self.text.tokenize(part, max_length, padding=True, return_tensors="pt")
                 embedded.append(self.embed_text(**batch.to(self.device)).float().cpu())
         return torch.cat(embedded)
 
     @torch.inference_mode()
     def encode_images(self, images: ArrayLike, *, batch_size: int = 16) -> Tensor:
-        """Embeddings of images, uint8 of shape (N, S, S, 3), in eval mode, on the CPU, (N, D)."""
-        import pandas as pd
-
+        """Embed images, uint8 of shape (N, S, S, 3), in eval mode; gives shape (N, D), on the CPU."""
         images = np.asarray(images)
         pairs = Pairs(images, [""] * len(images), pd.DataFrame(index=range(len(images))))
-        most = min(self.text.tokenizer.model_max_length, 32)
-        rows, embedded = encode_pairs({"": pairs}, self, max_length=most)[""], [torch.empty(0, self._dim)]
+        max_length = min(self.text.tokenizer.model_max_length, 32)
+        rows, embedded = encode_pairs({"": pairs}, self, max_length=max_length)[""], [torch.empty(0, self._dim)]
         with eval_mode(self):
             for start in range(0, len(rows), batch_size):
                 part = [rows[i]["pixel_values"] for i in range(len(rows))[start : start + batch_size]]
@@ -212,19 +234,19 @@ class TwoTowers(ModelWithLoss):
         return torch.cat(embedded)
 
     def measure(self, rows: Any, batch_size: int) -> Retrieval:
-        """Each caption ranks all images of the rows; the loss is that of all rows as one batch, in nats."""
+        """Let each caption rank all images of the rows; the loss is that of all rows as one batch, in nats."""
         text, image = self.encode(rows, batch_size=batch_size)
         with torch.inference_mode():
-            ours = [part.to(self.device) for part in (text, image, torch.from_numpy(rows.groups))]
-            loss = float(self.pair_loss(*ours))
-        asked, searched = rows.pairs.own_captions, rows.pairs.own_images
-        similarities = (text @ image.T).numpy()[np.ix_(asked, searched)]
-        return Retrieval(similarities, rows.groups[asked], loss, rows.groups[searched])
+            batch = [part.to(self.device) for part in (text, image, torch.from_numpy(rows.groups))]
+            loss = float(self.pair_loss(*batch))
+        queries, candidates = rows.pairs.own_captions, rows.pairs.own_images
+        similarities = (text @ image.T).numpy()[np.ix_(queries, candidates)]
+        return Retrieval(similarities, rows.groups[queries], loss, rows.groups[candidates])
 
 
 def _make_head(kind: str, width: int, dim: int) -> nn.Module:
     if kind == "mlp":
         return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim))
     if kind != "linear":
-        raise ValueError(f"There is no head {kind!r}: give linear or mlp.")
+        raise ValueError(f"There is no head {kind!r}: choose linear or mlp.")
     return nn.Linear(width, dim, bias=False)

@@ -1,4 +1,4 @@
-"""Classes recognised by their names; a linear probe beside it."""
+"""Zero-shot classification from class names, and a linear probe to compare it with."""
 
 from collections.abc import Sequence
 
@@ -13,22 +13,23 @@ from ftkit.metrics import Evaluation
 
 
 def class_embeddings(model: TwoTowers, names: Sequence[str], templates: Sequence[str] = ("{}",)) -> Tensor:
-    """An embedding for each class, from its name alone (Radford et al., 2021).
+    """Embed each class from its name alone (Radford et al., 2021).
 
     Args:
-        model: both towers.
-        names: of the C classes.
-        templates: sentences with {} for the name; of several the mean is taken, normalised.
+        model: a two-tower model.
+        names: names of the C classes.
+        templates: sentences with {} in place of the name. With several, a class is the mean of its normalised
+            embeddings, normalised again.
 
     Returns:
         Normalised embeddings, shape (C, D), on the CPU.
 
     Raises:
-        ValueError: a template without {}.
+        ValueError: a template has no {}.
     """
     for template in templates:
         if "{}" not in template:
-            raise ValueError(f"The template {template!r} has no place for the name: put {{}} where it goes.")
+            raise ValueError(f"The template {template!r} has no place for the name: put {{}} there.")
     means = [
         F.normalize(model.encode_texts([template.format(name) for template in templates]), dim=-1).mean(0)
         for name in names
@@ -37,13 +38,13 @@ def class_embeddings(model: TwoTowers, names: Sequence[str], templates: Sequence
 
 
 def zero_shot(model: TwoTowers, image: Tensor, labels: ArrayLike, classes: Tensor) -> Evaluation:
-    """Classify images by the nearest of the classes' embeddings; no image of a class was needed.
+    """Classify each image by the nearest class embedding; this needs no image with a label.
 
     Args:
-        model: whose temperature turns similarities into probabilities.
-        image: embeddings of N images, (N, D).
-        labels: the class of each, shape (N,).
-        classes: from ``class_embeddings``, (C, D).
+        model: its temperature turns similarities into probabilities.
+        image: embeddings of N images, shape (N, D).
+        labels: true class of each image, shape (N,).
+        classes: class embeddings from ``class_embeddings``, shape (C, D).
     """
     logits = (F.normalize(image, dim=-1) @ classes.T / model.temperature).double()
     targets = torch.as_tensor(np.asarray(labels, dtype=np.int64))
@@ -53,12 +54,15 @@ def zero_shot(model: TwoTowers, image: Tensor, labels: ArrayLike, classes: Tenso
 def linear_probe(
     train: ArrayLike, train_labels: ArrayLike, test: ArrayLike, test_labels: ArrayLike, num_classes: int
 ) -> Evaluation:
-    """Classify by a logistic regression on features, each scaled to variance 1; what labels buy beside zero-shot.
+    """Classify with a logistic regression on standardised features, to see what labels gain over zero-shot.
 
     Args:
-        train, test: features, (N, width) each.
-        train_labels, test_labels: integers in [0, num_classes), (N,).
-        num_classes: C.
+        train, test: features of the N training rows and the M test rows, shapes (N, width) and (M, width).
+        train_labels, test_labels: integers in [0, num_classes), shapes (N,) and (M,).
+        num_classes: number of classes.
+
+    Returns:
+        The evaluation on the test rows.
 
     Raises:
         ValueError: a class has no training row.
@@ -70,7 +74,7 @@ def linear_probe(
 
     missing = sorted(set(range(num_classes)) - {int(label) for label in np.asarray(train_labels)})
     if missing:
-        raise ValueError(f"The probe has no training row of the classes {missing}: give some, or leave them out.")
+        raise ValueError(f"The probe has no training row of the classes {missing}: add some, or leave them out.")
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     probe.fit(np.asarray(train), np.asarray(train_labels))
     probabilities, labels = probe.predict_proba(np.asarray(test)), np.asarray(test_labels, dtype=np.int64)

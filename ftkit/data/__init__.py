@@ -1,4 +1,4 @@
-"""What is learned from."""
+"""Data to learn from: classified texts, captioned images and sequences of tasks."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The emoji data set: images drawn from a font, with their names as captions; and jitter for augmentation."""
+"""The emoji data set: images drawn from a font and their names as captions; and jitter for augmentation."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ from ftkit.errors import DataError
 
 Ink = tuple[int, int, int]  # red, green and blue, each from 0 to 255
 
-FILL = 0.84  # of the square's side, covered by the longer side of the glyph
+_FILL = 0.84  # longer side of the glyph, as a share of the square's side
 
 INKS: dict[str, Ink] = {
     "black": (0, 0, 0),
@@ -25,7 +25,7 @@ INKS: dict[str, Ink] = {
     "purple": (140, 50, 200),
 }
 
-# The words of INKS, in its order.
+# The words for INKS, in the same order.
 _INK_WORDS = {
     "en": "black red blue green orange purple",
     "zh": "黑色 红色 蓝色 绿色 橙色 紫色",
@@ -45,7 +45,7 @@ _INK_WORDS = {
 
 LANGUAGES = tuple(_INK_WORDS)
 
-# First and last code points. What is two things at once (a cat's face, a map, a person on a bicycle) is in none.
+# First and last code points. An emoji of two kinds at once (a cat's face, a person on a bicycle) is in no group.
 GROUPS: dict[str, tuple[tuple[int, int], ...]] = {
     "face": (
         (0x2639, 0x263A), (0x1F47F, 0x1F47F), (0x1F600, 0x1F637), (0x1F641, 0x1F644), (0x1F910, 0x1F915),
@@ -88,17 +88,17 @@ _AN = re.compile(r"(?!unicorn|euro|ewe\b|one\b)[aeiou]|hourglass|x-ray|SOS|NG ",
 
 
 def emoji_names(language: str = "en") -> dict[str, str]:
-    """Names of the emoji that can be drawn: those of one code point that the font and the library `emoji` both have.
+    """Names of all emoji that can be drawn: those with one code point that both the font and the library `emoji` have.
 
     Args:
         language: one of ``LANGUAGES``.
 
     Returns:
-        The name of each emoji, as words ("grinning cat"), by its character, in the order of the code points.
+        The name of each emoji in words ("grinning cat") by its character, in the order of code points.
 
     Raises:
         DataError: the library has no names in that language.
-        assets.AssetError: the font cannot be fetched.
+        AssetError: the font cannot be fetched.
     """
     _check_language(language)
     return dict(_names(language))
@@ -112,7 +112,7 @@ def _names(language: str) -> dict[str, str]:
     return {
         character: " ".join(emoji.EMOJI_DATA[character][language].strip(":").replace("_", " ").split())
         for character in sorted(known)
-        # what remains are parts of other emoji: skin tones and hair
+        # the others are parts of emoji: skin tones and hair
         if emoji.EMOJI_DATA[character]["status"] != emoji.STATUS["component"]
     }
 
@@ -127,22 +127,19 @@ def group_of(character: str) -> str | None:
 
 
 def caption(name: str, ink: str = "black", language: str = "en") -> str:
-    """A sentence on a drawing: "a red drawing of a grinning cat", "红色的猫", "chat, rouge".
+    """Describe a drawing: "a red drawing of a grinning cat", "红色的猫", "chat, rouge".
 
     Args:
-        name: of the emoji, in that language.
-        ink: a name of ``INKS``.
+        name: name of the emoji in that language.
+        ink: a name from ``INKS``.
         language: one of ``LANGUAGES``.
 
-    Returns:
-        The sentence.
-
     Raises:
-        DataError: no such ink or language.
+        DataError: the ink or the language is unknown.
     """
     _check_language(language)
     if ink not in INKS:
-        raise DataError(f"there is no ink {ink!r}: take one of {', '.join(INKS)}")
+        raise DataError(f"There is no ink {ink!r}: take one of {', '.join(INKS)}.")
     word = dict(zip(INKS, _INK_WORDS[language].split(), strict=True))[ink]
     if language == "en":
         return f"{_with_article(word)} drawing of {_with_article(name)}"
@@ -155,7 +152,7 @@ def _with_article(noun: str) -> str:
 
 def _check_language(language: str) -> None:
     if language not in LANGUAGES:
-        raise DataError(f"emoji have no names in the language {language!r}: take one of {', '.join(LANGUAGES)}")
+        raise DataError(f"Emoji have no names in the language {language!r}: take one of {', '.join(LANGUAGES)}.")
 
 
 def draw(
@@ -167,33 +164,33 @@ def draw(
     paper: Ink = (255, 255, 255),
     rotation: float = 0.0,
 ) -> NDArray[np.uint8]:
-    """Draw emoji, each centred and as large as fits into 84 % of a square.
+    """Draw emoji, each centred in a square, with its longer side at 84 % of the square's side.
 
     Args:
         characters: N emoji of one code point.
-        size: pixels along a side of the square, 8 or more.
-        weight: of the strokes, from 300 (thin) to 700 (bold).
-        ink: colour of all strokes, shape (3,), or one for each emoji, shape (N, 3); from 0 to 255.
-        paper: colour behind them.
+        size: side of the square in pixels, 8 or more.
+        weight: stroke weight, from 300 (thin) to 700 (bold).
+        ink: colour of the strokes, shape (3,), or one colour for each emoji, shape (N, 3); from 0 to 255.
+        paper: colour of the background.
         rotation: degrees, counter-clockwise.
 
     Returns:
-        RGB images of shape (N, size, size, 3).
+        RGB images, uint8 of shape (N, size, size, 3).
 
     Raises:
-        DataError: a size, weight or colour out of range, or a character that the font lacks or leaves blank.
-        assets.AssetError: the font cannot be fetched.
+        DataError: a size, weight or colour is out of range, or the font has no drawing of a character.
+        AssetError: the font cannot be fetched.
     """
     if size < 8:
-        raise DataError(f"size={size} pixels are too few to draw in: take 8 or more")
+        raise DataError(f"size={size} pixels are too few to draw in: take 8 or more.")
     if not 300 <= weight <= 700:
-        raise DataError(f"weight={weight} is outside of what the font has: take one from 300 to 700")
+        raise DataError(f"weight={weight} is not in the font's range: take 300 to 700.")
     for name, colour in (("ink", ink), ("paper", paper)):
         if not (np.min(colour) >= 0 and np.max(colour) <= 255):
-            raise DataError(f"{name}={colour} is no colour: take (r, g, b) from 0 to 255")
+            raise DataError(f"{name}={colour} is no colour: take (r, g, b) from 0 to 255.")
     if lacking := [character for character in characters if len(character) != 1 or ord(character) not in _charmap()]:
-        raise DataError(f"the font has no drawing of {lacking[0]!r}: take characters of emoji_names()")
-    unique = tuple(dict.fromkeys(characters))  # one shape may be wanted in several inks
+        raise DataError(f"The font has no drawing of {lacking[0]!r}: take characters from `emoji_names()`.")
+    unique = tuple(dict.fromkeys(characters))  # the same shape may be drawn in several inks
     number = {character: i for i, character in enumerate(unique)}
     shapes = _masks(unique, size, weight, float(rotation))
     rows = np.array([number[character] for character in characters], dtype=np.int64)
@@ -209,19 +206,19 @@ def draw(
 
 @functools.lru_cache(maxsize=8)
 def _masks(characters: tuple[str, ...], size: int, weight: int, rotation: float) -> NDArray[np.uint8]:
-    """How far the ink covers each pixel, from 0 to 255, shape (N, size, size); not to be written to."""
-    font = _font(max(64, round(1.5 * size)), weight)  # larger than needed, to be shrunk to its measure
+    """Ink coverage of each pixel, from 0 to 255, shape (N, size, size); read-only, because it is cached."""
+    font = _font(max(64, round(1.5 * size)), weight)  # larger than needed; scaled down below
     masks = np.zeros((len(characters), size, size), dtype=np.uint8)
     for mask, character in zip(masks, characters, strict=True):
         glyph = font.getmask(character, "L")
         shape = Image.frombytes("L", glyph.size, bytes(glyph))
         if shape.getbbox() is None:
-            raise DataError(f"the font draws nothing for {character!r}: take characters of emoji_names()")
+            raise DataError(f"The font draws nothing for {character!r}: take characters from `emoji_names()`.")
         shape = shape.crop(shape.getbbox())
         if rotation:
             shape = shape.rotate(rotation, resample=Image.Resampling.BICUBIC, expand=True)
             shape = shape.crop(shape.getbbox())
-        scale = FILL * size / max(shape.size)
+        scale = _FILL * size / max(shape.size)
         width, height = (max(1, round(side * scale)) for side in shape.size)
         top, left = (size - height) // 2, (size - width) // 2
         mask[top : top + height, left : left + width] = shape.resize((width, height), Image.Resampling.BICUBIC)
@@ -235,7 +232,7 @@ def _font_file() -> str:
 
 @functools.cache
 def _charmap() -> frozenset[int]:
-    """The code points that the font has a drawing of."""
+    """Code points that the font has a drawing of."""
     from matplotlib.ft2font import FT2Font  # Pillow does not say which characters a font has
 
     return frozenset(FT2Font(_font_file()).get_charmap())
@@ -243,28 +240,28 @@ def _charmap() -> frozenset[int]:
 
 @functools.lru_cache(maxsize=4)
 def _font(pixels: int, weight: int) -> ImageFont.FreeTypeFont:
-    # The basic layout is in every build of Pillow, the other one is not, and both place single glyphs alike.
+    # Every build of Pillow has the basic layout, but not the other one; both place single glyphs in the same way.
     font = ImageFont.truetype(_font_file(), pixels, layout_engine=ImageFont.Layout.BASIC)
     font.set_variation_by_axes([weight])
     return font
 
 
 def jitter(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Turn, shift and scale an image a little, as an augmentation.
+    """Augment an image: rotate it by up to 10 degrees, shift it by up to 8 % of its side and scale it by up to 10 %.
 
     Args:
         image: shape (S, S, 3).
-        rng: draws the rotation (within 10 degrees), the shift (8 % of the side) and the scale (10 %).
+        rng: draws the rotation, the shift and the scale.
 
     Returns:
-        An image of the same shape; what comes into view has the colour of the corner pixel.
+        An image of the same shape; uncovered pixels have the colour of the upper left pixel.
     """
     side = len(image)
     angle = np.deg2rad(rng.uniform(-10, 10))
     right, down = rng.uniform(-0.08, 0.08, size=2) * side
     scale = rng.uniform(0.9, 1.1)
     cos, sin, middle = np.cos(angle) / scale, np.sin(angle) / scale, side / 2
-    # Pillow asks where a pixel of the result comes from, so this is the inverse: shift back, then turn and scale back.
+    # Pillow maps each pixel of the result to its source, so this is the inverse: shift back, then rotate and scale.
     x, y = middle + right, middle + down
     inverse = (cos, sin, middle - cos * x - sin * y, -sin, cos, middle + sin * x - cos * y)
     moved = Image.fromarray(image).transform(

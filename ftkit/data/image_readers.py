@@ -1,6 +1,5 @@
-"""Captioned images from a folder or from an image-caption set of the hub."""
+"""Captioned images from a folder or from a hub data set."""
 
-import csv
 import hashlib
 import io
 import warnings
@@ -13,17 +12,15 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ftkit.data import text_readers
-from ftkit.data.assets import registry
 from ftkit.data.pairs import Pairs
-from ftkit.data.text_readers import SPLITS
+from ftkit.data.text_readers import choose_columns, load_hub_splits, read_delimited, usual_column
 from ftkit.errors import DataError
 
-FILE_NAMES = ("file", "filename", "file_name", "image", "picture", "path")
+_FILE_NAMES = ("file", "filename", "file_name", "image", "picture", "path")
 
-CAPTION_NAMES = ("caption", "captions", "text", "title", "description", "name")
+_CAPTION_NAMES = ("caption", "captions", "text", "title", "description", "name")
 
-IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 MAX_PIXELS = 50_000_000
 
@@ -33,19 +30,19 @@ class _OversizedError(ValueError):
 
 
 def _decode(source: Path | io.BytesIO, size: int) -> tuple[NDArray[np.uint8], str]:
-    """The image within a white square, and a digest of all its pixels before it was resized."""
+    """Return the image, fitted into a white square, and a digest of its pixels before resizing."""
     with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
         try:
             opened = Image.open(source)
         except Image.DecompressionBombError:
             raise _OversizedError from None
     with opened:
-        if opened.width * opened.height > MAX_PIXELS:  # the header tells; nothing is decoded yet
+        if opened.width * opened.height > MAX_PIXELS:  # read from the header; nothing is decoded yet
             raise _OversizedError
         image = ImageOps.exif_transpose(opened)
-    if image.mode == "F":  # no scale says what is white
+    if image.mode == "F":  # nothing says which value is white
         raise ValueError("floating-point pixels")
-    if image.mode.startswith("I"):  # more than 8 bits of grey, which convert() would clip at 255
+    if image.mode.startswith("I"):  # grey of more than 8 bits, which convert() would clip at 255
         grey = np.asarray(image).clip(0, 65535)
         grey = grey if image.mode == "I" and grey.max(initial=0) <= 255 else grey // 257
         image = Image.fromarray(grey.astype(np.uint8))
@@ -59,7 +56,7 @@ def _decode(source: Path | io.BytesIO, size: int) -> tuple[NDArray[np.uint8], st
 
 
 def _try_decode(source: Path | io.BytesIO, size: int) -> tuple[NDArray[np.uint8] | None, str]:
-    """The image and its digest, or None and what is wrong with it."""
+    """Return the image and its digest, or None and the problem, a key of _PROBLEMS."""
     try:
         return _decode(source, size)
     except _OversizedError:
@@ -69,7 +66,7 @@ def _try_decode(source: Path | io.BytesIO, size: int) -> tuple[NDArray[np.uint8]
 
 
 _PROBLEMS = {
-    "missing": "files missing",
+    "missing": "missing files",
     "unreadable": "unreadable files",
     "oversized": f"files of more than {MAX_PIXELS // 1_000_000} megapixels",
     "duplicate": "duplicate images (same pixels as an earlier file)",
@@ -80,7 +77,7 @@ _PROBLEMS = {
 
 
 def _note(problems: dict[str, list[str]]) -> list[str]:
-    """Each problem with its count and up to three names."""
+    """Describe each problem with its count and up to three names."""
     notes = []
     for problem, names in problems.items():
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
@@ -96,26 +93,27 @@ def read_folder(
     image: str | None = None,
     caption: str | None = None,
 ) -> tuple[Pairs, list[str]]:
-    """Read the images of a folder that a CSV or TSV file gives captions of, one row for each caption.
+    """Read the images of a folder, with captions from a CSV or TSV file that has one row for each caption.
 
-    EXIF orientation is applied, transparency laid onto white, and each image fitted into a white square without
-    distortion. What cannot be used is left out and reported.
+    The EXIF orientation is applied, transparency becomes white, and each image is fitted into a white square without
+    distortion. Images and rows that cannot be used are left out and reported.
 
     Args:
-        folder: with the images, also in folders of it.
-        captions: the file, in the folder or anywhere; None for the one .csv file of the folder.
-        size: pixels along a side.
-        image, caption: names of the columns with file names (relative to the folder) and captions; None to have
-            them guessed.
+        folder: folder of the images; they may be in subfolders.
+        captions: file with the captions, in the folder or elsewhere; None for the only .csv file of the folder.
+        size: side of the square, in pixels, that each image is fitted into.
+        image, caption: names of the columns with file names (relative to the folder) and captions; None to guess
+            them.
 
     Returns:
-        The pairs, in the order of the rows, with the column `file` in their facts; and notes on what was left out.
+        The pairs in the order of the rows, with the column `file` in their facts; and notes on what was left out.
 
     Raises:
-        DataError: no such folder, no file of captions or several, a malformed one, or fewer than 2 usable pairs.
+        DataError: the folder does not exist, has no or several files of captions or a malformed one, or has fewer than
+            2 usable pairs.
     """
     if not folder.is_dir():
-        raise DataError(f"there is no folder {folder} in {Path.cwd()}: check the path")
+        raise DataError(f"There is no folder {folder} in {Path.cwd()}: check the path.")
     table = _read_captions(_captions_file(folder, captions), image, caption)
     root = folder.resolve()
     problems: dict[str, list[str]] = defaultdict(list)
@@ -146,12 +144,12 @@ def read_folder(
         elif decoded[path] is not None:
             used[relative, text] = decoded[path]
     problems["missing"] = list(dict.fromkeys(problems["missing"]))
-    images = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in IMAGE_TYPES)
+    images = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in _IMAGE_TYPES)
     problems["uncaptioned"] = [path.relative_to(root).as_posix() for path in images if path.resolve() not in mentioned]
     notes = _note({problem: problems[problem] for problem in _PROBLEMS if problems[problem]})
     if len(used) < 2:
         reasons = f" ({'; '.join(notes)})" if notes else ""
-        raise DataError(f"{folder} has {len(used)} usable pairs of image and caption{reasons}: it needs 2 or more")
+        raise DataError(f"{folder} has {len(used)} usable pairs of image and caption{reasons}: it needs 2 or more.")
     facts = pd.DataFrame({"file": [file for file, _ in used]})
     return Pairs(np.stack(list(used.values())), [text for _, text in used], facts), notes
 
@@ -160,47 +158,41 @@ def _captions_file(folder: Path, captions: str | Path | None) -> Path:
     if captions is not None:
         path = folder / captions if (folder / captions).is_file() else Path(captions)
         if not path.is_file():
-            raise DataError(f"there is no file {captions} in {folder} or {Path.cwd()}: check captions=")
+            raise DataError(f"There is no file {captions} in {folder} or {Path.cwd()}: check `captions=`.")
         return path
     tables = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".csv")
     if len(tables) == 1:
         return tables[0]
     if not tables:
-        raise DataError(f"{folder} has no .csv file: add one with the columns file and caption, a row for each caption")
+        raise DataError(
+            f"{folder} has no .csv file: add one with the columns file and caption and a row for each caption."
+        )
     names = ", ".join(path.name for path in tables)
-    raise DataError(f"{folder} has {len(tables)} .csv files ({names}): name the one with captions=")
+    raise DataError(f"{folder} has {len(tables)} .csv files ({names}): name one with `captions=`.")
 
 
 def _read_captions(path: Path, image: str | None, caption: str | None) -> pd.DataFrame:
-    """The file names as `label`, the captions as `text`; "" where missing."""
+    """Read the file names as `label` and the captions as `text`, "" where missing."""
     if path.suffix.lower() not in (".csv", ".tsv"):
-        raise DataError(f"{path} is of a type that is not read: save the captions as .csv or .tsv")
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        first = file.readline()
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=first.count)
-    columns = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
-    if "\0" in first:
-        raise DataError(f"{path} is not a UTF-8 file: save it again as UTF-8")
-    image = image or _usual(FILE_NAMES, columns)
-    caption = caption or _usual(CAPTION_NAMES, [column for column in columns if column != image])
+        raise DataError(f"{path} has an unsupported file type: save the captions as .csv or .tsv.")
+    table, _ = read_delimited(path)
+    columns = list(table.columns)
+    image = image or usual_column(_FILE_NAMES, columns)
+    caption = caption or usual_column(_CAPTION_NAMES, [column for column in columns if column != image])
     if image is None or caption is None:
-        lacking = "file" if image is None else "caption"
+        lacking, argument = ("file", "image") if image is None else ("caption", "caption")
         have = ", ".join(f"'{column}'" for column in columns)
-        raise DataError(f"{path} has no column '{lacking}', only {have}: rename one, or name it with image=, caption=")
-    table, *_ = text_readers.read_file(path, text=caption, label=image)
-    return table[["text", "label"]].fillna("").map(lambda value: str(value).strip())
-
-
-def _usual(names: tuple[str, ...], columns: list[str]) -> str | None:
-    return next((column for name in names for column in columns if column.lower() == name), None)
+        raise DataError(f"{path} has no column '{lacking}', only {have}: rename one, or name it with `{argument}=`.")
+    table, _ = choose_columns(table, str(path), text=caption, label=image)
+    return table[["text", "label"]].fillna("").map(str.strip)
 
 
 def _inside(root: Path, name: str) -> Path | None:
-    """The file of that name, or None if there is none within the folder."""
+    """Return the file of that name, or None if there is none inside the folder."""
     try:
         path = (root / name).resolve()
         return path if path.is_file() and path.is_relative_to(root) else None
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # no file can have such a name
         return None
 
 
@@ -211,42 +203,33 @@ def read_hub_images(
     image: str | None = None,
     caption: str | None = None,
 ) -> tuple[dict[str, Pairs], list[str]]:
-    """Read images with captions from the hub; all of its images are decoded, and held in memory at that size.
+    """Read images with captions from the hub; all images are decoded and kept in memory at the given size.
 
     Args:
         source: "owner/name" or "owner/name:config".
-        size: pixels along a side of the square that each image is fitted into.
+        size: side of the square, in pixels, that each image is fitted into.
         image: name of the column of images; None for the first.
-        caption: name of the column of captions, strings or lists of strings (the first one is taken); None to have it
-            guessed.
+        caption: name of the column of captions, strings or lists of strings (the first one is taken); None to guess it.
 
     Returns:
         The pairs of each split named "train", "validation" or "test", and notes on what was left out.
 
     Raises:
-        DataError: FTKIT_OFFLINE is set, it does not load, or it lacks such splits, columns or usable rows.
+        DataError: FTKIT_OFFLINE is set, the data set cannot be loaded, or it lacks such splits, columns or usable rows.
     """
-    name, _, config = source.partition(":")
-    if registry.offline():
-        raise DataError(f"the hub data set '{source}' needs the network: unset FTKIT_OFFLINE")
-    try:
-        loaded = datasets.load_dataset(name, config or None)
-    except Exception as error:  # the hub, its cache and its formats fail in many ways
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DataError(f"'{source}' did not load from the hub ({reason}): check name and network") from None
-    published = [split for split in SPLITS if split in loaded]
-    if not published:
-        raise DataError(f"'{source}' has the splits {', '.join(loaded)}, but none of {', '.join(SPLITS)}")
-    notes = [f"split '{split}' left out" for split in loaded if split not in SPLITS]
-    image, caption = _hub_columns(loaded[published[0]].features, source, image, caption)
+    loaded, notes = load_hub_splits(source)
+    image, caption = _hub_columns(next(iter(loaded.values())).features, source, image, caption)
     notes += [f"images from column '{image}', captions from column '{caption}'"]
     splits = {}
-    for split in published:
-        rows = loaded[split].select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
+    for split, rows in loaded.items():
+        rows = rows.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
         splits[split], dropped = _hub_pairs(rows, image, caption, size)
         notes += [f"{count:,} {what} rows of {split} left out" for what, count in dropped.items()]
         if not len(splits[split]):
-            raise DataError(f"none of the {len(rows):,} {split} rows of '{source}' has an image and a caption")
+            raise DataError(
+                f"None of the {len(rows):,} {split} rows of '{source}' has a readable image and a caption: "
+                "take another data set or other columns."
+            )
     return splits, notes
 
 
@@ -254,13 +237,13 @@ def _hub_columns(features: datasets.Features, source: str, image: str | None, ca
     images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
     texts = [column for column, feature in features.items() if _is_text(feature)]
     image = image or next(iter(images), None)
-    caption = caption or _usual(CAPTION_NAMES, texts)
+    caption = caption or usual_column(_CAPTION_NAMES, texts)
     for chosen, usable, what in ((image, images, "image"), (caption, texts, "caption")):
         if chosen not in usable:
             wanted = f"column '{chosen}'" if chosen else "usual column"
             raise DataError(
                 f"'{source}' has no {wanted} of {'images' if what == 'image' else 'texts'}, only "
-                f"{', '.join(features)}: name one with {what}="
+                f"{', '.join(features)}: name one with `{what}=`."
             )
     return image, caption
 
@@ -271,7 +254,7 @@ def _is_text(feature: object) -> bool:
 
 
 def _hub_pairs(rows: datasets.Dataset, image: str, caption: str, size: int) -> tuple[Pairs, dict[str, int]]:
-    """The usable pairs, and the count of the others by what is wrong with them."""
+    """Return the usable pairs, and how many rows have which problem."""
     images, captions, dropped = [], [], defaultdict(int)
     for row in rows:
         stored, text = row[image] or {}, row[caption]

@@ -17,9 +17,7 @@ from ftkit.data.pairs import Pairs
 from ftkit.data.text import HUB_ID
 from ftkit.errors import DataError
 
-PAPERS = ("white", "inverted")
-
-SHARES = {"validation": 0.1, "test": 0.2}  # of the images of a source without published splits
+_SHARES = {"validation": 0.1, "test": 0.2}  # of the training images, if the source has no such split
 
 
 def load_images(
@@ -41,46 +39,46 @@ def load_images(
 ) -> dict[str, Pairs]:
     """Load images with captions, split them, and print one line on what was read and left out.
 
-    Emoji are shuffled by the seed alone: the first `test` are for the test, the next `validation` for the
-    validation, the first `train` of the others for training. No emoji is in two of these. With several inks, each
-    training emoji is drawn in all inks but one, and in that one in the split "new_pairs": emoji and ink were both
-    seen, never together. An emoji of the test or validation is drawn in one ink, each taking its turn.
+    The seed alone decides the order of the emoji: the first `test` go to the test split, the next `validation` to the
+    validation split, and the next `train` to the training split. No emoji is in two of these splits. With several
+    inks, each training emoji is drawn in all inks but one, and the split "new_pairs" has it in that one: training shows
+    the emoji and the ink, but never together. Each test or validation emoji is drawn in one ink, and the inks take
+    turns.
 
-    Of a folder, at most 10 % of the images are for validation and 20 % for the test, the others for training; so is
-    what a hub data set lacks of these splits cut from its training images. No image is in two splits: where a hub
-    data set has it twice, the test keeps it, then the validation. All captions of an image are in one split.
+    At most 10 % of the images of a folder go to validation and 20 % to the test, the others to training. If a hub data
+    set has no validation or test split, the same share of its training images is taken. No image is in two splits: if
+    a hub data set repeats an image, the test split keeps it, or else the validation split. All captions of an image are
+    in one split.
 
     Args:
-        source: "emoji", a folder with images and a .csv of captions, or a hub data set ("owner/name" or
+        source: "emoji", a folder with images and a .csv file of captions, or a hub data set ("owner/name" or
             "owner/name:config").
-        train: emoji or images wanted for training; None for all there are.
-        validation, test: emoji or images for these splits; of a folder or hub data set, at most so many.
-        size: pixels along a side.
-        language: of the captions of emoji, one of ``drawings.LANGUAGES``.
-        inks: of emoji, names of ``drawings.INKS``; the captions name them.
-        weight: of emoji's strokes, from 300 to 700.
-        rotation: of emoji, in degrees, counter-clockwise.
-        paper: behind emoji: "white", an (r, g, b), or "inverted", which turns every colour c of paper and ink into
-            255 - c while the captions stay.
-        captions: the file of captions of a folder; None for its one .csv file.
-        image, caption: columns of a folder's captions or of a hub data set; None to have them guessed.
+        train: number of emoji or images for training; None for all.
+        validation, test: number of emoji or images for these splits; for a folder or a hub data set, the maximum.
+        size: side of the images in pixels.
+        language: language of the captions of emoji, one of ``ftkit.data.emoji.LANGUAGES``.
+        inks: names of inks for emoji, from ``ftkit.data.emoji.INKS``; the captions name them.
+        weight: stroke weight of emoji, from 300 to 700.
+        rotation: rotation of emoji in degrees, counter-clockwise.
+        paper: background of emoji: "white", a colour (r, g, b), or "inverted", which turns every colour value c of
+            paper and ink into 255 - c but leaves the captions as they are.
+        captions: file with the captions of a folder; None for its only .csv file.
+        image, caption: column names in a folder's captions or a hub data set; None to guess them.
         seed: decides which emoji or images go to which split, and their order.
 
-    An option that the source has no use for is refused.
-
     Returns:
-        The splits "train", "validation" and "test", with several inks also "new_pairs". The facts of emoji are the
-        columns emoji, name, ink and group (or None), those of a folder the column file.
+        The splits "train", "validation" and "test", and "new_pairs" if there are several inks. The facts are the
+        columns emoji, name, ink and group (may be None) for emoji, and the column file for a folder.
 
     Raises:
-        DataError: the source cannot be used as asked, or has fewer rows than asked for.
-        assets.AssetError: the font of the emoji cannot be fetched.
+        DataError: the source cannot be used as asked, has fewer rows than asked for, or has no use for an option.
+        AssetError: the font of the emoji cannot be fetched.
     """
     for name, wanted in (("train", train), ("validation", validation), ("test", test)):
         if wanted is not None and wanted < 1:
-            raise DataError(f"{name}={wanted} is too few: ask for 1 or more")
+            raise DataError(f"{name}={wanted} is too few: ask for 1 or more.")
     if size < 8:
-        raise DataError(f"size={size} pixels are too few to see anything: take 8 or more")
+        raise DataError(f"size={size} pixels are too few to see anything: take 8 or more.")
     sizes = {"train": train, "validation": validation, "test": test}
     if source == "emoji":
         _refuse(source, captions=captions, image=image, caption=caption)
@@ -94,11 +92,11 @@ def load_images(
         elif isinstance(source, str) and HUB_ID.fullmatch(source):
             published, notes = read_hub_images(source, size=size, image=image, caption=caption)
         else:
-            raise DataError(f"'{source}' is neither 'emoji' nor a folder nor a hub id (owner/name): check the path")
+            raise DataError(f"'{source}' is neither 'emoji' nor a folder nor a hub id (owner/name): check the path.")
         splits, repeated = _cut(published, sizes, seed, str(source))
         notes += repeated
     counts = " / ".join(f"{len(pairs):,} {split}" for split, pairs in splits.items())
-    print("; ".join([f"{source}: {notes[0]}", *notes[1:], counts] if notes else [f"{source}: {counts}"]))
+    print(f"{source}: {'; '.join([*notes, counts])}")
     return splits
 
 
@@ -112,18 +110,18 @@ def _load_emoji(
 ) -> tuple[dict[str, Pairs], list[str]]:
     inks = [inks] if isinstance(inks, str) else list(inks)
     if not inks or len(set(inks)) < len(inks) or not set(inks) <= set(emoji.INKS):
-        raise DataError(f"inks={inks} is not usable: take one or several, each once, of {', '.join(emoji.INKS)}")
+        raise DataError(f"inks={inks} cannot be used: take one or several, each once, of {', '.join(emoji.INKS)}.")
     names = emoji.emoji_names(language)
     train, num_validation, num_test = sizes["train"], sizes["validation"], sizes["test"]
     there = len(names) - num_test - num_validation
     if there < (train or 1):
         raise DataError(
-            f"train={train}, validation={num_validation} and test={num_test} are more than the {len(names):,} emoji "
-            "there are: ask for fewer"
+            f"train={train}, validation={num_validation} and test={num_test} are more than all {len(names):,} emoji: "
+            "ask for fewer."
         )
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(list(names)).tolist()
-    held_out = rng.integers(len(inks), size=len(names))  # an ink for each emoji, whatever train is
+    held_out = rng.integers(len(inks), size=len(names))  # drawn for all emoji, so that it does not depend on `train`
     test, validating = shuffled[:num_test], shuffled[num_test : num_test + num_validation]
     training = range(num_test + num_validation, num_test + num_validation + (train or there))
     kept = {i: [ink for k, ink in enumerate(inks) if len(inks) == 1 or k != held_out[i]] for i in training}
@@ -149,25 +147,25 @@ def _load_emoji(
 
 
 def _colours(inks: list[str], paper: str | Ink) -> tuple[dict[str, Ink], Ink]:
-    """The colour of each ink and of the paper."""
+    """Return the colour of each ink and of the paper."""
     colours = {ink: emoji.INKS[ink] for ink in inks}
     if paper == "white":
         return colours, (255, 255, 255)
     if paper == "inverted":
         return {ink: tuple(255 - value for value in colour) for ink, colour in colours.items()}, (0, 0, 0)
     if isinstance(paper, str) or len(paper) != 3 or not all(0 <= value <= 255 for value in paper):
-        raise DataError(f"paper={paper!r} is no colour: take {' or '.join(map(repr, PAPERS))}, or (r, g, b) up to 255")
+        raise DataError(f"paper={paper!r} is no colour: take 'white', 'inverted' or (r, g, b) from 0 to 255.")
     if invisible := [ink for ink, colour in colours.items() if colour == tuple(paper)]:
-        raise DataError(f"the ink {invisible[0]} does not show on paper={paper}: take another ink or 'inverted'")
+        raise DataError(f"The ink {invisible[0]} is invisible on paper={paper}: take another ink or paper.")
     return colours, tuple(paper)
 
 
 def _cut(
     published: dict[str, Pairs], limits: dict[str, int | None], seed: int, source: str
 ) -> tuple[dict[str, Pairs], list[str]]:
-    """Splits of at most so many images, with all their captions; those not published are cut from train."""
+    """Cut unpublished splits from train and limit each split to that many images, with all their captions."""
     if "train" not in published:
-        raise DataError(f"'{source}' has no split 'train', only {', '.join(published)}: take another data set")
+        raise DataError(f"'{source}' has no split 'train', only {', '.join(published)}: take another data set.")
     rng = np.random.default_rng(seed)
     keys = {split: _keys(pairs) for split, pairs in published.items()}
     own, taken, notes = {}, set(), []
@@ -178,7 +176,7 @@ def _cut(
         taken.update(own[split])
     shuffled = rng.permutation(own["train"]).tolist()
     if len(shuffled) < 3:
-        raise DataError(f"{source} has {len(shuffled)} different training images: it needs 3, one for each split")
+        raise DataError(f"{source} has {len(shuffled)} different training images: it needs 3, one for each split.")
     chosen, spare = {}, []
     for split in ("test", "validation"):
         if own[split]:
@@ -186,12 +184,12 @@ def _cut(
             if (more := len(chosen[split]) - limits[split]) > 0:
                 notes.append(f"{more:,} {split} images left out (beyond the {limits[split]:,} asked for)")
         else:
-            count = max(1, round(SHARES[split] * len(own["train"])))
+            count = max(1, round(_SHARES[split] * len(own["train"])))
             chosen[split], shuffled = shuffled[:count], shuffled[count:]
             spare += chosen[split][limits[split] :]
     chosen["train"] = shuffled + spare
     if limits["train"] is not None and limits["train"] > len(chosen["train"]):
-        raise DataError(f"{source} has {len(chosen['train']):,} training images: train={limits['train']} asks for more")
+        raise DataError(f"{source} has {len(chosen['train']):,} training images: train={limits['train']} is too many.")
     splits = {}
     for split in ("train", "validation", "test"):
         origin = split if own[split] else "train"
@@ -204,13 +202,13 @@ def _cut(
 
 
 def _refuse(source: str | Path, **options: Any) -> None:
-    """Refuse options that this source has no use for, unless they are left at their default."""
+    """Refuse options that have no effect on this source, unless they have their default value."""
     defaults = inspect.signature(load_images).parameters
     for name, value in options.items():
         if value != defaults[name].default:
-            raise DataError(f"{name}={value!r} means nothing for the source '{source}': leave it out")
+            raise DataError(f"{name}={value!r} has no effect on the source '{source}': leave it out.")
 
 
 def _keys(pairs: Pairs) -> list[str]:
-    """A digest of each image: rows of the same image have the same."""
+    """Return a digest of each image: equal for equal images."""
     return [hashlib.sha256(image.tobytes()).hexdigest() for image in pairs.images]

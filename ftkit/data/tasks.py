@@ -1,4 +1,4 @@
-"""Sequences of tasks: a head for each task, one head for all, or one head that grows."""
+"""Sequences of tasks: with a head for each task, one head for all tasks, or one head that grows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,14 +8,14 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from ftkit.data import text
+from ftkit.data.text import encode, load_text
 from ftkit.errors import DataError
 
 MANY_TASKS = ("movie-sentiment", "bbc-topics", "reuters8", "newsgroups")
 
 MANY_DOMAINS = ("movie-sentiment", "product-sentiment", "editorial-sentiment", "tweet-sentiment")
 
-Rows = list[dict[str, Any]]
+Rows = list[dict[str, Any]]  # encoded rows of one split
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Task:
     """One task.
 
     Attributes:
-        name: of the task.
+        name: name of the task.
         splits: "train", "validation" and "test" with the columns ``text`` and ``label`` (a ClassLabel).
-        head: name of the head that answers it; tasks of one head have the same classes.
+        head: name of the head that predicts its classes; tasks that share a head have the same classes.
     """
 
     name: str
@@ -34,20 +34,22 @@ class Task:
 
     @property
     def classes(self) -> list[str]:
+        """Names of the classes, in the order of their labels."""
         return self.splits["train"].features["label"].names
 
 
 @dataclass(frozen=True)
 class TaskSequence:
-    """Tasks in the order they are learned. All their classes are columns of one row of scores, head after head.
+    """Tasks in the order in which they are learned. A model has one output column for each class, head after head.
 
     Attributes:
-        tasks: two or more.
-        growing: a row is scored among the classes of all tasks learned so far and is not told its task
-            (class-incremental learning); else among those of its own head.
+        tasks: two or more tasks.
+        growing: whether a row is scored among the classes of all tasks learned so far, without knowing its task
+            (class-incremental learning), and not only among the classes of its own head.
 
     Raises:
-        DataError: fewer than two tasks, two of one name, tasks of one head whose classes differ.
+        DataError: there are fewer than two tasks, two have the same name, or tasks that share a head have different
+            classes.
     """
 
     tasks: tuple[Task, ...]
@@ -56,38 +58,38 @@ class TaskSequence:
     def __post_init__(self) -> None:
         names = [task.name for task in self.tasks]
         if len(names) < 2 or len(set(names)) < len(names):
-            raise DataError(f"the tasks are {names}: give two or more, no two of one name")
+            raise DataError(f"The tasks are {names}: give two or more, each with its own name.")
         for task in self.tasks:
             first = next(other for other in self.tasks if other.head == task.head)
             if first.classes != task.classes:
                 raise DataError(
                     f"{first.name} has the classes {first.classes} and {task.name} has {task.classes}: "
-                    "give each a head of its own, with many_tasks"
+                    "give each a head of its own with `many_tasks`."
                 )
 
     @property
     def names(self) -> list[str]:
-        """Of the tasks."""
+        """Names of the tasks."""
         return [task.name for task in self.tasks]
 
     @property
     def heads(self) -> dict[str, int]:
-        """The number of classes of each head, by its name, in the order of the columns."""
+        """Number of classes of each head, by its name, in the order of the output columns."""
         return {task.head: len(task.classes) for task in self.tasks}
 
     @property
     def class_names(self) -> list[str]:
-        """Of all columns; with several heads after the name of theirs."""
+        """Class names of all output columns, each prefixed with its head's name if there are several heads."""
         classes = {task.head: task.classes for task in self.tasks}
         return [f"{head}: {name}" if len(classes) > 1 else name for head in classes for name in classes[head]]
 
     def draw(self, *, train: int, validation: int, test: int, seed: int) -> "TaskSequence":
-        """The same tasks with at most so many rows of each split.
+        """Return the same tasks with at most this many rows in each split.
 
         Args:
-            train: rows of each task to learn from, drawn by the seed.
-            validation, test: rows of each task, the first ones: the same for every seed.
-            seed: of the draw.
+            train: training rows of each task, drawn at random.
+            validation, test: rows of each task for these splits: always the first ones, for every seed.
+            seed: seed of the random draw.
         """
         tasks = []
         for task in self.tasks:
@@ -98,25 +100,25 @@ class TaskSequence:
         return replace(self, tasks=tuple(tasks))
 
     def reversed(self) -> "TaskSequence":
-        """The same tasks, the last one first."""
+        """Return the same tasks in reverse order."""
         return replace(self, tasks=self.tasks[::-1])
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 128) -> list[dict[str, Rows]]:
-        """The rows of each task by split, as ``fit`` takes them.
+        """Tokenise the rows of all tasks, as ``fit`` takes them.
 
         Args:
-            tokenizer, max_length: as for ``data.encode``.
+            tokenizer, max_length: as for ``ftkit.data.encode``.
 
         Returns:
-            A dict of splits a task. A row has what the tokenizer gives, ``labels``, its class as a column of all
-            scores, and ``task``, the number of its task.
+            The rows of each task by split. A row has the tokenizer's columns, ``labels`` (the output column of its
+            class) and ``task`` (the number of its task, from 0).
         """
         starts, start = {}, 0
         for head, size in self.heads.items():
             starts[head], start = start, start + size
         encoded = []
         for number, task in enumerate(self.tasks):
-            splits = text.encode(task.splits, tokenizer, max_length=max_length)
+            splits = encode(task.splits, tokenizer, max_length=max_length)
             encoded.append(
                 {
                     split: [{**row, "labels": row["labels"] + starts[task.head], "task": number} for row in rows]
@@ -127,37 +129,40 @@ class TaskSequence:
 
 
 def many_tasks(sources: Sequence[str | Path] = MANY_TASKS) -> TaskSequence:
-    """Different tasks, with a head each, and all their rows.
+    """Load different tasks, each with a head of its own, with all their rows.
 
     Args:
-        sources: what ``load_text`` reads: assets, files of the reader's, hub data sets.
+        sources: assets, files or hub data sets, as for ``load_text``.
 
     Raises:
-        DataError: as ``load_text``, and as TaskSequence.
+        DataError: as for ``load_text`` and ``TaskSequence``.
     """
-    return TaskSequence(tuple(Task(_name(source), text.load_text(source), str(source)) for source in sources))
+    return TaskSequence(tuple(Task(_name(source), load_text(source), str(source)) for source in sources))
 
 
 def many_domains(sources: Sequence[str | Path] = MANY_DOMAINS) -> TaskSequence:
-    """One task in different domains, with one head for all; arguments and errors as of ``many_tasks``."""
-    return TaskSequence(tuple(Task(_name(source), text.load_text(source), "all") for source in sources))
+    """Load one task in different domains, with one head for all; arguments and errors as for ``many_tasks``."""
+    return TaskSequence(tuple(Task(_name(source), load_text(source), "all") for source in sources))
 
 
 def growing_classes(source: str | Path = "newsgroups", num_tasks: int = 5) -> TaskSequence:
-    """The classes of one data set in equal parts, one part a task, with one head that grows.
+    """Divide the classes of one data set equally among tasks, with one head that grows.
 
     Args:
-        source: what ``load_text`` reads.
-        num_tasks: parts, of consecutive classes.
+        source: an asset, a file or a hub data set, as for ``load_text``.
+        num_tasks: number of tasks; each has consecutive classes.
 
     Raises:
-        DataError: as ``load_text``; the classes do not divide into parts of two or more.
+        DataError: as for ``load_text``; or the classes cannot be divided into equal parts of two or more.
     """
-    whole = text.load_text(source)
+    whole = load_text(source)
     names = whole["train"].features["label"].names
     size, rest = divmod(len(names), num_tasks)
     if rest or size < 2:
-        raise DataError(f"the {len(names)} classes of {source} do not make {num_tasks} equal parts of two or more")
+        raise DataError(
+            f"The {len(names)} classes of {source} cannot be divided into {num_tasks} equal parts of two or more: "
+            "choose another number of tasks."
+        )
     tasks = []
     for start in range(0, len(names), size):
         part = names[start : start + size]
@@ -171,7 +176,7 @@ def _name(source: str | Path) -> str:
 
 
 def _part(rows: datasets.Dataset, start: int, names: Sequence[str]) -> datasets.Dataset:
-    """The rows of these consecutive classes, the first of which is number ``start``, with labels from 0."""
+    """Select the rows of consecutive classes, from number ``start`` on, and number their labels from 0."""
     labels = [label - start for label in rows["label"]]
     chosen = [i for i, label in enumerate(labels) if 0 <= label < len(names)]
     columns = {"text": rows.select(chosen)["text"][:], "label": [labels[i] for i in chosen]}

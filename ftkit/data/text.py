@@ -12,15 +12,15 @@ from transformers import PreTrainedTokenizerBase
 from ftkit.data import text_readers
 from ftkit.data.assets import registry
 from ftkit.data.text_readers import SPLITS
-from ftkit.errors import DataError, nearest
+from ftkit.errors import DataError, did_you_mean
 
-SHARES = {"test": 0.2, "validation": 0.1}  # of the rows of each class, where the source has no such split
+_SHARES = {"test": 0.2, "validation": 0.1}  # of the rows of each class, if the source has no such split
 
-MAX_CLASSES = 200
+_MAX_CLASSES = 200
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 
-FILE_SUFFIXES = {*text_readers.FILE_TYPES, ".txt", ".xls", ".xlsx", ".ods", ".zip", ".gz"}
+_FILE_SUFFIXES = {*text_readers.FILE_TYPES, ".txt", ".xls", ".xlsx", ".ods", ".zip", ".gz"}
 
 
 def load_text(
@@ -35,19 +35,20 @@ def load_text(
 ) -> datasets.DatasetDict:
     """Load classified texts, clean and split them, and print one line on what was read, dropped and repaired.
 
-    Published splits are kept: a test split as it is, and a validation split, where there is none, is cut from
-    the training rows. Without them 20 % of the rows become test and 10 % validation. Cuts are stratified and
-    depend on the seed alone, not on the sizes asked for: the rows of `train=100` are the first 100 of
-    `train=1000`, and every prefix holds the classes in about their shares. White space around a text is
-    removed. A row without text or label is dropped, so is a repeated text, a text that comes with
-    several labels, and a training row whose text is in a published validation or test split.
+    Published splits are kept; a validation split published without a test split is used as the test split. A
+    missing test split is cut from the training rows (20 % of them), and so is a missing validation split (10 %).
+    Cuts are stratified and depend on the seed alone, not on the sizes asked for: the rows of `train=100` are the
+    first 100 of `train=1000`, and the first N rows of a split, for every N, have nearly the class shares of the
+    whole split. White space around a text is removed. Four kinds of rows are dropped: rows without text or label,
+    repeated texts, texts that appear with several labels, and training rows whose text is also in a published
+    validation or test split.
 
     Args:
         source: an asset, a hub data set ("owner/name" or "owner/name:config"), or a CSV, TSV, JSON Lines or
             Parquet file.
-        train, validation, test: rows wanted of each split; None for all there are.
+        train, validation, test: number of rows of each split; None for all.
         seed: decides which rows go to which split, and their order.
-        text, label: names of the columns; None to have them guessed.
+        text, label: names of the columns; None to guess them.
 
     Returns:
         The splits "train", "validation" and "test", with the columns `text`, `label` (a ClassLabel) and the
@@ -55,7 +56,7 @@ def load_text(
 
     Raises:
         DataError: the data cannot be used as asked.
-        assets.AssetError: the asset cannot be fetched.
+        AssetError: the asset cannot be fetched.
     """
     table, notes, card = _read(source, text, label)
     table, names, incomplete = _clean(table, str(source))
@@ -68,46 +69,48 @@ def load_text(
     for split, rows in (("train", train), ("validation", validation), ("test", test)):
         there = len(splits[split])
         if rows is not None and not 1 <= rows <= there:
-            raise DataError(f"{source} has {there:,} {split} rows: {split}={rows} must be from 1 to {there}")
+            raise DataError(f"{source} has {there:,} {split} rows: {split}={rows} must be from 1 to {there}.")
         splits[split] = splits[split].head(rows or there)
         sizes.append(f"{rows:,} of {there:,} {split}" if rows else f"{there:,} {split}")
     print(f"{source}: {'; '.join(notes)}; {' / '.join(sizes)}")
-    return datasets.DatasetDict({split: _dataset(splits[split], names, card, split) for split in SPLITS})
+    return datasets.DatasetDict({split: _make_dataset(splits[split], names, card, split) for split in SPLITS})
 
 
 def _read(source: str | Path, text: str | None, label: str | None) -> text_readers.Reading:
     path = Path(source)
-    if isinstance(source, Path) or path.is_file() or path.suffix.lower() in FILE_SUFFIXES:
+    if isinstance(source, Path) or path.is_file() or path.suffix.lower() in _FILE_SUFFIXES:
         return text_readers.read_file(path, text, label)
     if source in registry.names():
         return text_readers.read_asset(source, text, label)
     if HUB_ID.fullmatch(source):
         return text_readers.read_hub(source, text, label)
     raise DataError(
-        f"'{source}' is neither a file nor an asset ({', '.join(text_readers.ASSET_READERS)}) nor a hub id (owner/name)"
-        f"{nearest(source, text_readers.ASSET_READERS)}"
+        f"'{source}' is neither a file nor an asset nor a hub id (owner/name): "
+        f"{did_you_mean(source, text_readers.ASSET_READERS)} The assets are {', '.join(text_readers.ASSET_READERS)}."
     )
 
 
 def _clean(table: pd.DataFrame, source: str) -> tuple[pd.DataFrame, list[str], list[str]]:
-    """Texts stripped, labels as codes; the names of the classes; how many rows lack a text or a label."""
+    """Strip texts, turn labels into codes and drop incomplete rows; also return the class names and notes."""
     for column in ("text", "label"):
         if table[column].map(lambda value: isinstance(value, list | dict | np.ndarray)).any():
-            raise DataError(f"the {column}s of {source} are lists or objects: name another column with {column}=")
+            raise DataError(f"The {column}s of {source} are lists or objects: name another column with `{column}=`.")
     texts, labels = _strings(table["text"]), _strings(table["label"])
     no_text = np.array([text == "" for text in texts])
     no_label = np.array([label == "" for label in labels])
     for missing, what in ((no_text, "text"), (no_label, "label")):
         if missing.all():
-            raise DataError(f"none of the {len(table):,} rows of {source} has a {what}: name another column")
-    if isinstance(table["label"].dtype, pd.CategoricalDtype):  # in the order of a published model's outputs
+            raise DataError(
+                f"None of the {len(table):,} rows of {source} has a {what}: name another column with `{what}=`."
+            )
+    if isinstance(table["label"].dtype, pd.CategoricalDtype):  # keep the order of a published model's outputs
         names = _strings(table["label"].cat.categories.to_series())
     else:
         names = _sort_names(set(labels) - {""})
-    if len(names) > MAX_CLASSES or len(names) == (~no_label).sum() > 2:
+    if len(names) > _MAX_CLASSES or len(names) == (~no_label).sum() > 2:
         raise DataError(
-            f"the labels of {source} are {len(names):,} distinct values in {len(table):,} rows, quantities or ids "
-            "and not classes: name another column with label="
+            f"The labels of {source} have {len(names):,} distinct values in {len(table):,} rows, so they look like "
+            "quantities or ids, not classes: name another column with `label=`."
         )
     codes = {name: code for code, name in enumerate(names)}
     table = table.assign(text=texts, label=[codes.get(label, -1) for label in labels])
@@ -116,7 +119,7 @@ def _clean(table: pd.DataFrame, source: str) -> tuple[pd.DataFrame, list[str], l
 
 
 def _strings(column: pd.Series) -> list[str]:
-    """Values as stripped strings, "" where missing; 1.0, which is how 1 reads beside a missing one, as "1"."""
+    """Values as stripped strings, "" where missing; 1.0 becomes "1", because a missing value makes integers floats."""
     values = column.astype(object).where(column.notna(), "").tolist()
     whole = (int(v) if isinstance(v, float) and v.is_integer() else v for v in values)
     return [str(value).strip() for value in whole]
@@ -134,18 +137,20 @@ def _counts(rows: dict[str, np.ndarray | pd.Series]) -> list[str]:
 
 
 def _published_splits(table: pd.DataFrame, source: str) -> tuple[pd.DataFrame, list[str]]:
-    """A column `split` for every table: all "train" where nothing is published."""
+    """Add a column `split`, all "train", if nothing is published; a lone published validation split becomes "test"."""
     published = set(table["split"]) if "split" in table else {"train"}
     if "train" not in published:
-        raise DataError(f"{source} has no labelled training row, only rows of {', '.join(sorted(published))}")
+        raise DataError(
+            f"{source} has no labelled training rows, only {', '.join(sorted(published))} rows: take other data."
+        )
     if published == {"train", "validation"}:
         table = table.assign(split=table["split"].replace("validation", "test"))
-        return table, ["the published validation split serves as test"]
+        return table, ["the published validation split is used as the test split"]
     return table if "split" in table else table.assign(split="train"), []
 
 
 def _deduplicate(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Leave no text in two splits, and each text once in train; a published test split stays as it is."""
+    """Keep no text in two splits, and each text once in train; a published test split stays as it is."""
     order = table["split"].map({"test": 0, "validation": 1, "train": 2})
     leaked = order > order.groupby(table["text"]).transform("min")
     train = table[(table["split"] == "train") & ~leaked]
@@ -163,7 +168,7 @@ def _deduplicate(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 def _split(
     table: pd.DataFrame, names: list[str], rng: np.random.Generator, source: str
 ) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """The three splits, those not published cut from train, in an order whose every prefix is stratified."""
+    """Cut unpublished splits from train and order the rows of each split so that its first N rows are stratified."""
     parts = {
         split: part.iloc[_stratified_order(part["label"].to_numpy(), rng)] for split, part in table.groupby("split")
     }
@@ -171,22 +176,24 @@ def _split(
     counts = pool["label"].value_counts().sort_index()
     if len(counts) < 2:
         only = ", ".join(f"'{names[code]}'" for code in counts.index) or "none"
-        raise DataError(f"a classifier needs two classes, and the training rows of {source} have only {only}")
-    cut = [split for split in SHARES if split not in parts]
+        raise DataError(
+            f"A classifier needs two classes, but the training rows of {source} have only {only}: take other data."
+        )
+    cut = [split for split in _SHARES if split not in parts]
     few = [f"'{names[code]}' ({count})" for code, count in counts.items() if count < 1 + len(cut)]
     if few and "test" in cut:
         raise DataError(
-            f"{source} has classes too small to split: {', '.join(few)}; "
-            f"give each {1 + len(cut)} different texts or remove it"
+            f"{source} has classes too small to split, {', '.join(few)}: "
+            f"give each at least {1 + len(cut)} different texts or remove it."
         )
     rank = pool.groupby("label").cumcount()
     size = pool.groupby("label")["label"].transform("size")
     for split in cut:
-        share = np.maximum(1, np.round(SHARES[split] * size)).where(size > len(cut), 0)
+        share = np.maximum(1, np.round(_SHARES[split] * size)).where(size > len(cut), 0)
         parts[split] = pool[(rank >= 0) & (rank < share)]
         rank = rank - share
     parts["train"] = pool[rank >= 0]
-    return parts, [f"no validation row for classes of one row: {', '.join(few)}"] if few else []
+    return parts, [f"no validation row for classes with one row: {', '.join(few)}"] if few else []
 
 
 def _stratified_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -199,7 +206,7 @@ def _stratified_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarra
     return np.argsort(place, kind="stable")
 
 
-def _dataset(part: pd.DataFrame, names: list[str], card: dict, split: str) -> datasets.Dataset:
+def _make_dataset(part: pd.DataFrame, names: list[str], card: dict, split: str) -> datasets.Dataset:
     part = part.drop(columns="split")
     features = datasets.Dataset.from_pandas(part.head(), preserve_index=False).features
     features = datasets.Features(
@@ -216,30 +223,30 @@ def encode(
     max_length: int = 128,
     text: str = "text",
 ) -> datasets.DatasetDict:
-    """Tokenise each split without padding, rows in their order; print how many texts were cut, if any.
+    """Tokenise each split without padding, and print how many texts were cut, if any.
 
     Args:
-        splits: data sets with the column named by `text` and the column `label`.
-        tokenizer: of the model that will read the texts.
-        max_length: tokens kept of a text, special tokens included.
-        text: the column to tokenise.
+        splits: data sets with a column of texts and the column `label`.
+        tokenizer: tokenizer of the model that will read the texts.
+        max_length: number of tokens, special tokens included, after which a text is cut.
+        text: name of the column of texts.
 
     Returns:
-        The same splits with what the tokenizer gives (lists of ints: `input_ids`, `attention_mask`, …) and
-        `labels`.
+        The same splits, rows in the same order, with the tokenizer's columns (lists of ints: `input_ids`,
+        `attention_mask`, …) and `labels`.
 
     Raises:
-        DataError: there is no such column, or the model does not read `max_length` tokens.
+        DataError: a column is missing, or the model cannot read `max_length` tokens.
     """
     most = tokenizer.model_max_length
     if max_length > most:
-        raise DataError(f"max_length={max_length} is more than the {most} tokens that the model reads")
+        raise DataError(f"max_length={max_length} is more than the {most} tokens that the model reads: lower it.")
     encoded, cut = {}, []
     for name, split in splits.items():
         for column in (text, "label"):
             if column not in split.column_names:
                 have = ", ".join(split.column_names)
-                raise DataError(f"split '{name}' has no column '{column}', only {have}")
+                raise DataError(f"The split '{name}' has no column '{column}', only {have}: name or rename one.")
         texts = list(split[text])
         columns = dict(tokenizer(texts, truncation=True, max_length=max_length))
         full = [t for t, ids in zip(texts, columns["input_ids"], strict=True) if len(ids) == max_length]
@@ -256,7 +263,16 @@ def encode(
 def shorten(
     splits: Mapping[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> datasets.DatasetDict:
-    """Cut each text after its first ``max_length`` tokens, as it will stand in a prompt; print how many, if any."""
+    """Cut texts for use in a prompt, and print how many were cut, if any.
+
+    Args:
+        splits: data sets with the column `text`.
+        tokenizer: tokenizer of the model that will read the prompts.
+        max_length: number of tokens, without special tokens, after which a text is cut.
+
+    Returns:
+        The same splits with shorter texts; the other columns stay as they are.
+    """
     shortened, cut = {}, []
     how = {"truncation": True, "max_length": max_length, "add_special_tokens": False}
     for name, split in splits.items():

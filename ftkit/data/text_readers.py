@@ -1,7 +1,7 @@
-"""One table of texts and labels from an asset, a file or the hub, with notes on all that is left out or repaired.
+"""Classified texts read from an asset, a file or the hub into one table, with notes on what was left out or repaired.
 
-The table has the columns `text`, `label`, for a source with published splits `split` ("train", "validation",
-"test"), and whatever else the source knows of a row. `ftkit.data` cleans, de-duplicates and splits it.
+The table has the columns `text` and `label`, the column `split` ("train", "validation", "test") if the source has
+published splits, and the source's other columns. `ftkit.data.text` cleans, de-duplicates and splits it.
 """
 
 import csv
@@ -9,7 +9,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import datasets
@@ -17,74 +17,75 @@ import pandas as pd
 import pyarrow as pa
 
 from ftkit.data.assets import registry
-from ftkit.errors import DataError, nearest
+from ftkit.errors import DataError, did_you_mean, first_line
 
 SPLITS = ("train", "validation", "test")
 
 FILE_TYPES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 
-TEXT_NAMES = ("text", "sentence", "review", "content", "tweet", "comment", "document", "article", "message")
+_TEXT_NAMES = ("text", "sentence", "review", "content", "tweet", "comment", "document", "article", "message")
 
-LABEL_NAMES = ("label", "labels", "sentiment", "class", "category", "target", "topic", "intent", "stars")
+_LABEL_NAMES = ("label", "labels", "sentiment", "class", "category", "target", "topic", "intent", "stars")
 
-UNQUOTED = {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False, "encoding": "utf-8"}
+_UNQUOTED = {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False, "encoding": "utf-8"}
 
 _ENTITY = re.compile(r"&(?:#\d+|\w+);")
 
-Table = tuple[pd.DataFrame, list[str]]  # and notes on it
+_Table = tuple[pd.DataFrame, list[str]]  # the table and notes on it
 
-Reading = tuple[pd.DataFrame, list[str], dict[str, str]]  # and the card, as fields of DatasetInfo
+Reading = tuple[pd.DataFrame, list[str], dict[str, str]]  # the table, notes on it and fields of its DatasetInfo
 
 
 def _decode_entities(table: pd.DataFrame) -> str:
-    """Turn "&amp;", which web pages write for "&", into "&" and so on; the sources encode some texts twice."""
+    """Replace HTML entities such as "&amp;" by their characters, in place; return a note on how many texts changed."""
     before = table["text"]
-    for _ in range(2):
+    for _ in range(2):  # the sources encode some texts twice
         table["text"] = table["text"].str.replace(_ENTITY, lambda match: html.unescape(match[0]), regex=True)
     return f"HTML entities decoded in {(table['text'] != before).sum():,} texts"
 
 
-def _rated_sentences(path: Path) -> Table:
-    """Lines of id, mean rating in [-4, 4] and sentence; the label is the sign of a rating that has one."""
-    table = pd.read_csv(path, names=["id", "rating", "text"], **UNQUOTED)[["text", "rating"]]
+def _rated_sentences(path: Path) -> _Table:
+    """Read lines of id, mean rating in [-4, 4] and sentence; the label is the sign of a rating that is clear."""
+    table = pd.read_csv(path, names=["id", "rating", "text"], **_UNQUOTED)[["text", "rating"]]
     notes = [f"{len(table):,} rows read", _decode_entities(table)]
     clear = table["rating"].abs() >= 0.5
-    notes.append(f"{(~clear).sum():,} rows left out (mean rating nearer to 0 than 0.5)")
+    notes.append(f"{(~clear).sum():,} rows left out (mean rating between -0.5 and 0.5)")
     label = ["positive" if rating > 0 else "negative" for rating in table["rating"]]
     return table.assign(label=label)[clear].reset_index(drop=True)[["text", "label", "rating"]], notes
 
 
-def _orange_tables(folder: Path, stem: str) -> Table:
-    """The published train and test parts: four header lines, then label and text."""
+def _orange_tables(folder: Path, stem: str) -> _Table:
+    """Read the published train and test files: four header lines, then label and text."""
     tables = []
     for split in ("train", "test"):
-        table = pd.read_csv(folder / f"{stem}-{split}.tab", skiprows=4, names=["label", "text"], **UNQUOTED)
+        table = pd.read_csv(folder / f"{stem}-{split}.tab", skiprows=4, names=["label", "text"], **_UNQUOTED)
         tables.append(table[["text", "label"]].assign(split=split))
     return pd.concat(tables, ignore_index=True), [f"{sum(map(len, tables)):,} rows read"]
 
 
-def _article_folders(folder: Path) -> Table:
-    """One folder for each class, one article for each file."""
+def _article_folders(folder: Path) -> _Table:
+    """Read a folder for each class, with a file for each article."""
     rows, latin = [], 0
     for path in sorted(folder.glob("*/*.txt")):
         content = path.read_bytes()
         try:
             text = content.decode("utf-8")
-        except UnicodeDecodeError:  # the source mixes two encodings; read as Latin-1 alone, "£" becomes "Â£"
+        except UnicodeDecodeError:  # the source mixes two encodings; all read as Latin-1, "£" would become "Â£"
             text, latin = content.decode("latin-1"), latin + 1
         rows.append((text, path.parent.name))
     notes = [f"{len(rows):,} articles read", f"{latin} of them not UTF-8, decoded as Latin-1"]
     return pd.DataFrame(rows, columns=["text", "label"]), notes
 
 
-# Quotes, accents and emoji went through several wrong encodings at the source; only the apostrophe can be told.
+# The source passed quotation marks, accents and emoji through several wrong encodings. Only the apostrophe can still be
+# recognised, though not by ftfy.
 _APOSTROPHE = re.compile(r"(?<=[A-Za-z])(?:\xe4\xf3\xbb|\x8a\x97\xc8|_\xd1\xe9)(?=[A-Za-z])")
 
 _DAMAGED = re.compile(r"[_\x80-\xff]*[\x80-\xff][_\x80-\xff]*")
 
 
-def _rated_tweets(path: Path) -> Table:
-    """Columns sentiment, confidence (of the raters, in [0, 1], often missing) and text."""
+def _rated_tweets(path: Path) -> _Table:
+    """Read the columns sentiment, confidence (of the raters, in [0, 1], often missing) and text."""
     table = pd.read_csv(path, encoding="latin-1", keep_default_na=False)
     table = table.rename(columns={"sentiment": "label"})[["text", "label", "confidence"]]
     table["confidence"] = pd.to_numeric(table["confidence"])
@@ -94,8 +95,8 @@ def _rated_tweets(path: Path) -> Table:
     return table, [f"{len(table):,} rows read", repaired, _decode_entities(table)]
 
 
-def _reviews_by_line(folder: Path) -> Table:
-    """One review a line, a file for each class."""
+def _reviews_by_line(folder: Path) -> _Table:
+    """Read a file for each class, with one review per line."""
     rows = [
         (line, label)
         for label, file in (("negative", "neg.txt"), ("positive", "pos.txt"))
@@ -119,16 +120,20 @@ ASSET_READERS = {
 
 
 def read_asset(name: str, text: str | None = None, label: str | None = None) -> Reading:
-    """Read an asset of kind text-classification, fetched unless it is on the disk.
+    """Read an asset of kind text-classification; fetch it first if it is not on the disk.
+
+    Args:
+        name: the asset.
+        text, label: names of the columns; None to guess them.
 
     Raises:
-        DataError: an asset of another kind, or no such column.
-        assets.AssetError: it cannot be fetched.
+        DataError: the asset is of another kind, or a column is missing.
+        AssetError: the asset cannot be fetched.
     """
     asset = registry.get(name)
     if name not in ASSET_READERS:
         usable = ", ".join(ASSET_READERS)
-        raise DataError(f"'{name}' is of kind {asset.kind}, not classified texts: take one of {usable}")
+        raise DataError(f"The asset '{name}' is of kind {asset.kind}, not classified texts: take one of {usable}.")
     table, notes = ASSET_READERS[name](registry.fetch(name))
     table, chosen = choose_columns(table, name, text, label)
     card = {"description": asset.description, "citation": asset.citation, "license": asset.licence}
@@ -144,42 +149,51 @@ def _decode(path: Path) -> str:
         likely = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
         raise DataError(
             f"{path} is not UTF-8 (line {line}, byte 0x{content[error.start]:02x}): save it as UTF-8, "
-            f"for example with `iconv -f {likely} -t utf-8 {path.name} > utf8-{path.name}`"
+            f"for example with `iconv -f {likely} -t utf-8 {path.name} > utf8-{path.name}`."
         ) from None
 
 
 def _parse(path: Path, content: str, delimiter: str, quoting: int) -> pd.DataFrame:
-    csv.field_size_limit(2**31 - 1)  # the default refuses a field of 128 KiB
+    csv.field_size_limit(2**31 - 1)  # the default limit of 128 KiB is too small for some texts
     lines = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
     rows, start = [], 1
     try:
         for row in filter(None, lines):
             if rows and len(row) != len(rows[0]):
                 raise DataError(
-                    f"{path}, line {lines.line_num}: {len(row)} fields where the header has {len(rows[0])}; "
-                    f"put quotes around a text that holds the delimiter {delimiter!r}"
+                    f"Line {lines.line_num} of {path} has {len(row)} fields, but the header has {len(rows[0])}: "
+                    f"put quotation marks around a text that contains the delimiter {delimiter!r}."
                 )
             rows.append(row)
             start = lines.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}, from line {start}: {error}; mend the quotation marks there") from None
+        raise DataError(
+            f"{path} cannot be read from line {start} on ({error}): correct the quotation marks there."
+        ) from None
     if len(rows) < 2:
-        raise DataError(f"{path} is empty: it needs a header line and a row for each text")
+        raise DataError(f"{path} is empty: it needs a header line and a row for each text.")
     header = [name.strip() or f"column_{index}" for index, name in enumerate(rows[0], start=1)]
     if len(set(header)) < len(header):
-        raise DataError(f"{path} has two columns of the same name in '{', '.join(header)}': rename one")
+        raise DataError(f"{path} has two columns of the same name in '{', '.join(header)}': rename one.")
     return pd.DataFrame(rows[1:], columns=header, dtype=object)
 
 
-def _read_delimited(path: Path) -> Table:
-    """CSV or TSV. Fields stay strings, so that "01" stays the label it is; an empty field is missing."""
+def read_delimited(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Read a CSV or TSV file and guess its delimiter.
+
+    Returns:
+        The table, and notes. Its fields stay strings (the label "01" does not become 1); empty fields are missing.
+
+    Raises:
+        DataError: the file is not UTF-8, empty or malformed.
+    """
     content = _decode(path)
     header = content.lstrip().partition("\n")[0]
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=header.count)
     notes = [] if delimiter == "," else [f"fields separated by {delimiter!r}"]
     try:
         table = _parse(path, content, delimiter, csv.QUOTE_MINIMAL)
-        # Most tab-separated files quote nothing; a stray mark then swallows everything up to the next one.
+        # Most tab-separated files do not quote; a stray quotation mark then swallows everything up to the next one.
         swallowed = delimiter == "\t" and table.map(lambda field: "\t" in field).any(axis=None)
     except DataError:
         if delimiter != "\t":
@@ -191,7 +205,7 @@ def _read_delimited(path: Path) -> Table:
     return table.mask(table == ""), notes
 
 
-def _read_json_lines(path: Path) -> Table:
+def _read_json_lines(path: Path) -> _Table:
     rows = []
     for number, line in enumerate(_decode(path).split("\n"), start=1):
         if not line.strip():
@@ -201,7 +215,7 @@ def _read_json_lines(path: Path) -> Table:
         except json.JSONDecodeError as error:
             row = f"{error.msg} at column {error.colno}"
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number} is no JSON object ({str(row)[:60]}): write one object a line")
+            raise DataError(f"Line {number} of {path} is no JSON object ({str(row)[:60]}): write one object per line.")
         rows.append(row)
     table, notes = pd.DataFrame(rows, dtype=object), []
     for column in table:
@@ -216,102 +230,141 @@ def _read_json_lines(path: Path) -> Table:
 def read_file(path: Path, text: str | None = None, label: str | None = None) -> Reading:
     """Read a CSV, TSV, JSON Lines or Parquet file.
 
+    Args:
+        path: the file.
+        text, label: names of the columns; None to guess them.
+
     Raises:
-        DataError: no such file, a type that is not read, an empty or malformed file, text that is not UTF-8.
+        DataError: the file does not exist, is of an unsupported type, empty, malformed or not UTF-8, or a column is
+            missing.
     """
     suffix = path.suffix.lower()
     if not path.is_file():
-        raise DataError(f"there is no file {path} in {Path.cwd()}: check the path")
+        raise DataError(f"There is no file {path} in {Path.cwd()}: check the path.")
     if suffix not in FILE_TYPES:
-        raise DataError(f"{path} is of a type that is not read: save it as one of {', '.join(FILE_TYPES)}")
+        raise DataError(f"{path} has an unsupported file type: save it as one of {', '.join(FILE_TYPES)}.")
     if suffix == ".parquet":
         try:
             table, notes = pd.read_parquet(path), []
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
+            raise DataError(f"{path} is not a Parquet file ({first_line(error)}): check the file.") from None
     else:
-        table, notes = (_read_delimited if suffix in (".csv", ".tsv") else _read_json_lines)(path)
+        table, notes = (read_delimited if suffix in (".csv", ".tsv") else _read_json_lines)(path)
     if table.empty:
-        raise DataError(f"{path} is empty: it needs a row for each text")
+        raise DataError(f"{path} is empty: it needs a row for each text.")
     table, chosen = choose_columns(table, str(path), text, label)
     if "split" in table and not set(table["split"]) <= set(SPLITS):
         table = table.drop(columns="split")
-        chosen.append("column 'split' left out (it may hold train, validation and test only)")
+        chosen.append("column 'split' left out (it has other values than train, validation and test)")
     card = {"description": f"The file {path.name}"}
     return table, [f"{len(table):,} rows read", *notes, *chosen], card
 
 
 def read_hub(source: str, text: str | None = None, label: str | None = None) -> Reading:
-    """Read "owner/name" or "owner/name:config" from the hub.
+    """Read a hub data set, "owner/name" or "owner/name:config".
+
+    Args:
+        source: the data set.
+        text, label: names of the columns; None to guess them.
 
     Raises:
-        DataError: FTKIT_OFFLINE is set, it does not load, or it has no split of a standard name.
+        DataError: FTKIT_OFFLINE is set, the data set cannot be loaded, or a split or column is missing.
     """
-    name, _, config = source.partition(":")
-    if registry.offline():
-        raise DataError(f"the hub data set '{source}' needs the network: unset FTKIT_OFFLINE")
-    try:
-        loaded = datasets.load_dataset(name, config or None)
-    except Exception as error:  # the hub, its cache and its formats fail in many ways
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise DataError(f"'{source}' did not load from the hub ({reason}): check name and network") from None
-    frames, published = [], [split for split in SPLITS if split in loaded]
-    if not published:
-        raise DataError(f"'{source}' has the splits {', '.join(loaded)}, but none of {', '.join(SPLITS)}")
-    for split in published:
-        frame = loaded[split].to_pandas()
-        for column, feature in loaded[split].features.items():
-            if isinstance(feature, datasets.ClassLabel):  # a label that is not published is -1
+    splits, left_out = load_hub_splits(source)
+    frames = []
+    for split, rows in splits.items():
+        frame = rows.to_pandas()
+        for column, feature in rows.features.items():
+            if isinstance(feature, datasets.ClassLabel):  # an unpublished label is -1
                 codes = frame[column].fillna(-1).astype(int)
                 frame[column] = pd.Categorical.from_codes(codes, categories=feature.names)
         frames.append(frame.assign(split=split))
     table, chosen = choose_columns(pd.concat(frames, ignore_index=True), source, text, label)
-    notes = [f"split '{split}' left out" for split in loaded if split not in SPLITS]
-    info = loaded[published[0]].info
+    info = next(iter(splits.values())).info
     card = {"description": info.description, "citation": info.citation, "license": info.license}
-    return table, [f"{len(table):,} rows read", *notes, *chosen], card
+    return table, [f"{len(table):,} rows read", *left_out, *chosen], card
 
 
-def choose_columns(table: pd.DataFrame, source: str, text: str | None, label: str | None) -> Table:
-    """Rename the text and the label column to `text` and `label`; guess those that are not named, and say so.
+def load_hub_splits(source: str) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    """Load a hub data set, "owner/name" or "owner/name:config".
 
-    A guess is the first of the usual names; else the column of the longest strings is the text, and that of
-    the fewest distinct values (at least two) the label.
+    Returns:
+        Its splits named "train", "validation" and "test", in this order; and a note on each other split.
 
     Raises:
-        DataError: a named column is missing, or nothing looks like a text or a label.
+        DataError: FTKIT_OFFLINE is set, the data set cannot be loaded, or it has none of these splits.
+    """
+    name, _, config = source.partition(":")
+    if registry.offline():
+        raise DataError(f"The hub data set '{source}' needs the network: unset FTKIT_OFFLINE.")
+    try:
+        loaded = datasets.load_dataset(name, config or None)
+    except Exception as error:  # the hub, its cache and its formats fail in many ways
+        raise DataError(
+            f"The hub data set '{source}' could not be loaded ({first_line(error)}): check its name and the network."
+        ) from None
+    splits = {split: loaded[split] for split in SPLITS if split in loaded}
+    if not splits:
+        raise DataError(
+            f"The hub data set '{source}' has the splits {', '.join(loaded)}, but none of {', '.join(SPLITS)}: "
+            "take another data set."
+        )
+    return splits, [f"split '{split}' left out" for split in loaded if split not in SPLITS]
+
+
+def choose_columns(
+    table: pd.DataFrame, source: str, text: str | None, label: str | None
+) -> tuple[pd.DataFrame, list[str]]:
+    """Rename the columns of texts and labels to `text` and `label` and put them first; guess those that are not named.
+
+    A guess is the first usual name that the table has. Without one, the text is the column with the longest strings,
+    and the label is the column with the fewest distinct values (at least two).
+
+    Args:
+        table: what was read.
+        source: its name, for messages.
+        text, label: names of the columns; None to guess them.
+
+    Returns:
+        The table, and notes on what was guessed or left out.
+
+    Raises:
+        DataError: a named column is missing, or no column looks like texts or labels.
     """
     table = table.rename(columns=str)
     columns = list(table.columns)
     for name in (text, label):
         if name is not None and name not in columns:
             have = ", ".join(f"'{column}'" for column in columns)
-            raise DataError(f"{source} has no column '{name}': it has {have}{nearest(name, columns)}")
+            raise DataError(f"{source} has no column '{name}': {did_you_mean(name, columns)} It has {have}.")
     notes = []
     if text is None:
         free = [column for column in columns if column not in (label, "split")]
         length = {c: table[c].map(lambda v: len(v) if isinstance(v, str) else 0).mean() for c in free}
-        text = _usual(TEXT_NAMES, free) or max(filter(length.get, free), key=length.get, default=None)
+        text = usual_column(_TEXT_NAMES, free) or max(filter(length.get, free), key=length.get, default=None)
         if text is None:
-            raise DataError(f"{source} has no column of texts: name one with text=")
-        notes += [f"texts from column '{text}' (a guess: name it with text=)"] if text != "text" else []
+            raise DataError(f"{source} has no column of texts: name one with `text=`.")
+        notes += [f"texts from column '{text}' (guessed: name another with text=)"] if text != "text" else []
     if label is None:
         free = [column for column in columns if column not in (text, "split")]
         distinct = {column: table[column].map(str).nunique() for column in free}
         several = [column for column in free if distinct[column] > 1]
-        label = _usual(LABEL_NAMES, free) or min(several, key=distinct.get, default=None)
+        label = usual_column(_LABEL_NAMES, free) or min(several, key=distinct.get, default=None)
         if label is None:
-            raise DataError(f"{source} has no column of labels beside '{text}': add one, or name it with label=")
-        notes += [f"labels from column '{label}' (a guess: name it with label=)"] if label != "label" else []
+            raise DataError(f"{source} has no column of labels besides '{text}': add one, or name it with `label=`.")
+        notes += [f"labels from column '{label}' (guessed: name another with label=)"] if label != "label" else []
     if text == label:
-        raise DataError(f"column '{text}' of {source} cannot be both text and label: name two columns")
+        raise DataError(f"Column '{text}' of {source} cannot be both text and label: name two columns.")
     if (table[label].map(str) == label).any():
-        raise DataError(f"{source} seems to lack a header line: '{label}' is a column and a label; add one")
+        raise DataError(
+            f"{source} seems to have no header line, because '{label}' is both a column name and a label: add one."
+        )
     lost = [name for name in ("text", "label") if name in columns and name not in (text, label)]
     notes += [f"column '{name}' left out (the name is taken)" for name in lost]
     table = table.drop(columns=lost).rename(columns={text: "text", label: "label"})
     return table[["text", "label", *(c for c in table.columns if c not in ("text", "label"))]], notes
 
 
-def _usual(names: Iterable[str], columns: list[str]) -> str | None:
+def usual_column(names: Iterable[str], columns: Sequence[str]) -> str | None:
+    """Return the column that has the first of these names, ignoring case; None if there is none."""
     return next((column for name in names for column in columns if column.lower() == name), None)

@@ -1,4 +1,4 @@
-"""What surrounds an experiment."""
+"""Everything around an experiment: settings, results, widgets, runs and recorded studies."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The machine, versions and revision that a result was measured with."""
+"""The machine, package versions and git revision with which a result was measured."""
 
 import os
 import platform
@@ -6,14 +6,15 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-PACKAGES = ("ftkit", "torch", "transformers", "accelerate", "datasets", "peft")
+_PACKAGES = ("ftkit", "torch", "transformers", "accelerate", "datasets", "peft")
 
 
 def describe_machine() -> dict[str, str]:
-    """Texts under ``machine``, ``system``, ``versions`` and ``revision``.
+    """Describe the machine, the operating system, the package versions and the git revision of ftkit.
 
-    The revision is that of the checkout that ftkit runs from, with "(modified)" where files differ from it,
-    and "none" where ftkit is an installed package.
+    Returns:
+        Texts under ``machine``, ``system``, ``versions`` and ``revision``. The revision ends in "(modified)" if files
+        differ from it, and is "none" if ftkit does not run from a git checkout.
     """
     import psutil
 
@@ -22,14 +23,14 @@ def describe_machine() -> dict[str, str]:
         "machine": f"{_cpu_model()}, {os.cpu_count()} logical cores, {memory:.0f} GiB of memory",
         "system": f"{platform.system()} {platform.release()}",
         "versions": ", ".join(
-            [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)]
+            [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in _PACKAGES)]
         ),
         "revision": _revision(),
     }
 
 
 def gpu_name() -> str | None:
-    """The name of the GPU, None where there is none. Apart, for it takes torch, whose import takes seconds."""
+    """Name of the GPU, or None if there is none. Unlike `describe_machine` this imports torch, which takes seconds."""
     import torch
 
     if torch.cuda.is_available():
@@ -38,15 +39,15 @@ def gpu_name() -> str | None:
 
 
 def release_threads() -> None:
-    """Let go of the OpenMP threads that the calling thread's operations left waiting; its next one starts new ones.
+    """End the idle OpenMP threads of the calling thread; its next operation starts new ones.
 
-    As long as they are there, an OpenMP library counts more threads than cores and lets none of them wait busily,
-    which slows the steps of a training in another thread (on 2 cores measured: 10 s instead of 6).
+    While they exist, OpenMP counts more threads than cores, and its threads sleep between operations instead of
+    spinning. That slows down training in another thread (measured on 2 cores: 10 s instead of 6 s).
     """
     from threadpoolctl import ThreadpoolController
 
     for library in ThreadpoolController().select(user_api="openmp").lib_controllers:
-        pause = getattr(library.dynlib, "omp_pause_resource_all", None)  # of OpenMP 5; Microsoft's has none
+        pause = getattr(library.dynlib, "omp_pause_resource_all", None)  # new in OpenMP 5, missing in Microsoft's
         if pause is not None:
             pause(1)  # omp_pause_soft
 
@@ -66,9 +67,10 @@ def _revision() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # not some repository that a .venv happens to lie in
-        # a study that grows row by row does not change what it is made with
-        changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)data/studies/*.csv")
+        # fails if ftkit is installed in an environment that lies inside some other repository
+        git("ls-files", "--error-unmatch", "__init__.py")
+        # rows that a study adds to its CSV do not change the code that produces them
+        changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)data/studies/*.csv*")
         modified = " (modified)" if changed else ""
         return git("rev-parse", "--short=10", "HEAD") + modified
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""What a run scored: the outcome of each seed, metrics.json, the results table, the ledger of all runs."""
+"""Results of a run: the outcome of each seed, metrics.json, the results table, the ledger of all runs."""
 
 import json
 import math
@@ -15,18 +15,20 @@ if TYPE_CHECKING:
     from ftkit.metrics import Evaluation
     from ftkit.training.state import History
 
-COLUMNS = ("accuracy", "95 % interval", "seeds", "trainable parameters", "seconds", "peak memory (MiB)")
+LEDGER = "ledger.jsonl"
+
+_COLUMNS = ["accuracy", "95 % interval", "seeds", "trainable parameters", "seconds", "peak memory (MiB)"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One training run of one seed.
+    """Result of one training run with one seed.
 
     Attributes:
-        seed: that it was made with.
-        history: of the training; it has the cost too.
-        evaluations: of the trained model, by split; a score is looked at in the first one first.
-        figures: by name, what else was measured of it; a study records them.
+        seed: random seed of the run.
+        history: losses, scores and cost of the training.
+        evaluations: results of the trained model by split; the first split is the one reported by default.
+        figures: further measurements by name; a study records them too.
     """
 
     seed: int
@@ -36,21 +38,23 @@ class Outcome:
 
 
 def mean_figures(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """The further figures of one method's runs, each the mean over them."""
+    """Mean of each of ``Outcome.figures`` over the runs of one method."""
     return {name: sum(outcome.figures[name] for outcome in outcomes) / len(outcomes) for name in outcomes[0].figures}
 
 
 def method_entry(
     evaluations: "Sequence[Evaluation]", costs: Sequence[Any], *, seeds: Sequence[int], trainable_parameters: int
 ) -> dict[str, Any]:
-    """One method's entry in metrics.json.
+    """Build one method's entry for metrics.json.
 
     Args:
-        evaluations: one a seed, on the same rows.
-        costs: one a seed, each with ``seconds`` and ``peak_rss_mib`` (a History or a Meter); entered are the mean
-            seconds and the highest peak.
-        seeds: of the runs.
+        evaluations: one per seed, all on the same rows.
+        costs: one per seed, each with ``seconds`` and ``peak_rss_mib`` (a History or a Meter).
+        seeds: seeds of the runs.
         trainable_parameters: number of weights that the method trains.
+
+    Returns:
+        Mean accuracy with its 95 % interval, accuracy by seed, mean seconds and the highest peak memory.
     """
     from ftkit.metrics import over_seeds
 
@@ -69,39 +73,58 @@ def method_entry(
 def save_metrics(
     settings: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], *, folder: str | Path | None = None
 ) -> Path:
-    """Write a notebook's results as ``metrics.json``, whole or not at all; called by the notebook itself.
+    """Write a notebook's results to ``metrics.json``; the notebook itself calls this.
 
     Args:
-        settings: the settings that the results were got with.
+        settings: settings that produced the results.
         metrics: for each method ``accuracy``, ``ci95`` (low, high), ``seeds`` (a list), ``trainable_parameters``,
-            ``seconds`` and ``peak_rss_mib``; None where a figure makes no sense.
-        folder: where to; by default the run's folder, or ``runs/interactive`` when a person runs the notebook.
+            ``seconds`` and ``peak_rss_mib``; None where a number makes no sense.
+        folder: target folder; by default the run's folder, or ``runs/interactive`` when a person runs the notebook.
 
     Returns:
         The path of the file.
 
     Raises:
         ValueError: a number is NaN or infinite.
-        TypeError: a value has no JSON form.
+        TypeError: a value cannot be written as JSON.
     """
     folder = folder or os.environ.get("FTKIT_RUN_DIR") or runs_folder() / "interactive"
     record = {"settings": plain(settings, "settings"), "metrics": plain(metrics, "metrics")}
     path = Path(folder) / "metrics.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"metrics.json.{os.getpid()}")
-    unfinished.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-    return path
+    return write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a UTF-8 text file whole or not at all: into a temporary file beside it, which then replaces it.
+
+    Args:
+        path: the file; returned.
+        text: its content; line ends are written as they are.
+    """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8", newline="")
+        return unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def runs_folder() -> Path:
-    """Where runs go by default: ``runs`` in the current folder."""
-    # JupyterLab starts kernels in notebooks/, which is to hold notebooks only
+    """Default folder for runs: ``runs`` in the current folder."""
+    # JupyterLab starts kernels in notebooks/, where only notebooks belong
     return (Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()) / "runs"
 
 
 def results_table(metrics: Mapping[str, Mapping[str, Any]]) -> "pd.DataFrame":
-    """The results as people read them: a row a method, `COLUMNS` as text, a dash for what there is no figure for."""
+    """Format results for people: one row per method, numbers as text, a dash where a number is missing.
+
+    Args:
+        metrics: entries by method, as for ``save_metrics``.
+
+    Returns:
+        Columns accuracy, 95 % interval, seeds, trainable parameters, seconds, peak memory (MiB).
+    """
     import pandas as pd
 
     def shown(value: Any, form: str) -> str:
@@ -120,16 +143,25 @@ def results_table(metrics: Mapping[str, Mapping[str, Any]]) -> "pd.DataFrame":
                 shown(method.get("peak_rss_mib"), "{:,.0f}"),
             )
         )
-    return pd.DataFrame(rows, index=[name.replace("_", " ") for name in metrics], columns=list(COLUMNS))
+    return pd.DataFrame(rows, index=[name.replace("_", " ") for name in metrics], columns=_COLUMNS)
 
 
 def format_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """`results_table` for a terminal: aligned plain text, no trailing newline."""
+    """Format `results_table` for a terminal: aligned plain text without a trailing newline."""
     return results_table(metrics).to_string()
 
 
 def plain(value: Any, where: str) -> Any:
-    """``value`` as plain JSON; ``where`` names it in errors."""
+    """Convert a value to what JSON can hold.
+
+    Args:
+        value: numbers, texts, paths, arrays, tensors, and lists or dictionaries of them.
+        where: name of the value in error messages.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+        TypeError: a value cannot be written as JSON.
+    """
     if isinstance(value, Mapping):
         return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -139,32 +171,33 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where} is {value}: give a finite number, or None for no figure.")
+        raise ValueError(f"{where} is {value}: give a finite number, or None if there is none.")
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    raise TypeError(f"{where} is a {type(value).__name__}, which has no JSON form: give a number, text or list.")
-
-
-LEDGER = "ledger.jsonl"
+    raise TypeError(
+        f"{where} has the type {type(value).__name__}, which cannot be written as JSON: give a number, text or list."
+    )
 
 
 def append_to_ledger(path: Path, entry: Mapping[str, Any]) -> None:
-    """Add a line, on the disk when this returns; several processes may append at once.
+    """Append one run to the ledger; several processes may do so at the same time.
+
+    The line is on the disk when this function returns.
 
     Args:
-        path: of the ledger; it and its folder are made where they are missing.
-        entry: what the run leaves: ``id``, ``source`` (run or panel), ``notebook``, ``tier``, ``started``,
+        path: path of the ledger; the file and its folder are created if missing.
+        entry: record of the run: ``id``, ``source`` (run or panel), ``notebook``, ``tier``, ``started``,
             ``parameters``, ``settings``, ``metrics``, ``seconds``, ``peak_rss_mib``, ``error``.
 
     Raises:
-        TypeError, ValueError: a value has no JSON form; nothing is written.
+        TypeError, ValueError: a value cannot be written as JSON; nothing is written.
     """
     line = json.dumps(plain(entry, "entry")) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path), path.open("a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":  # a crash cut the last line short: it shall not spoil this one
+            if file.read() != b"\n":  # a crash cut the last line short: start a new line after it
                 line = "\n" + line
         file.write(line.encode())
         file.flush()
@@ -172,9 +205,9 @@ def append_to_ledger(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
-    """Every entry, the oldest first; none where there is no file.
+    """Read all entries of a ledger, oldest first; an empty list if there is no such file.
 
-    A line that can't be read, cut short by a crash, is skipped with a warning.
+    A line that cannot be read, for example because a crash cut it short, is skipped with a warning.
     """
     if not path.exists():
         return []
@@ -187,7 +220,7 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
         try:
             entries.append(dict(json.loads(line)))
         except (ValueError, TypeError):
-            warnings.warn(f"Line {number} of {path} is cut short or no JSON object: it is skipped.", stacklevel=2)
+            warnings.warn(f"Line {number} of {path} is incomplete or not a JSON object: it is skipped.", stacklevel=2)
     return entries
 
 

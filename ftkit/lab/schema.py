@@ -1,6 +1,7 @@
-"""How a setting is declared, checked and refused.
+"""Declare and check the settings of a notebook.
 
-The `parameters` cell, the control panel, the options of ``ftkit run`` and the header of the report come from it.
+The `parameters` cell, the control panel, the options of ``ftkit run`` and the summary of the report are built from
+these declarations.
 """
 
 import ast
@@ -9,7 +10,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -18,23 +19,23 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ftkit import TIERS
 from ftkit.data.assets import registry
-from ftkit.errors import SettingsError, nearest
+from ftkit.errors import SettingsError, did_you_mean
 
-LINE_LENGTH = 96  # of notebook cells
+_LINE_LENGTH = 96  # characters in a line of a notebook cell
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One setting, for those who show it.
+    """One setting, as the panel, the command line and the report describe it.
 
     Attributes:
-        name: of the field.
+        name: name of the field.
         kind: float, int, bool, str or list.
-        help: one line.
-        unit: what it is counted in, "" where it has none.
-        low, high: bounds, themselves allowed; None where there is none.
-        choices: all values it can have; empty where that is no short list.
-        log: whether steps of it are factors.
+        help: description in one line.
+        unit: unit of the value, "" if it has none.
+        low, high: smallest and largest allowed value, None if there are no bounds.
+        choices: all allowed values; empty if any value of the kind is allowed.
+        log: whether a control changes it by factors rather than by equal steps.
         defaults: value at each tier.
     """
 
@@ -50,7 +51,7 @@ class Parameter:
 
     @property
     def allowed(self) -> str:
-        """The bounds or the choices in words; "" where anything of the kind goes."""
+        """The bounds or the choices in words; "" if any value of the kind is allowed."""
         if self.choices:
             return ", ".join(self.choices)
         if self.kind == "bool":
@@ -59,7 +60,7 @@ class Parameter:
 
     @property
     def allowed_units(self) -> str:
-        """The same with the unit."""
+        """The bounds or the choices in words, followed by the unit."""
         return f"{self.allowed} {self.unit}".strip()
 
 
@@ -73,14 +74,14 @@ def setting(
     unit: str = "",
     log: bool = False,
 ) -> Any:
-    """A field of a settings class.
+    """Declare a field of a settings class.
 
     Args:
-        help: one line.
-        cpu, smoke, gpu: default at each tier; that of cpu where another is not given.
-        between: bounds, themselves allowed; of each item where it is a list.
-        unit: what it is counted in.
-        log: whether steps of it are factors, as for rates.
+        help: description in one line.
+        cpu, smoke, gpu: default at each tier; smoke and gpu take that of cpu if they are not given.
+        between: smallest and largest allowed value; for a list, of each item.
+        unit: unit of the value.
+        log: whether a control changes it by factors rather than by equal steps, as for learning rates.
     """
     defaults = {"smoke": cpu if smoke is ... else smoke, "cpu": cpu, "gpu": cpu if gpu is ... else gpu}
     low, high = between or (None, None)
@@ -90,22 +91,22 @@ def setting(
 
 
 class NotebookSettings(BaseModel):
-    """What all notebooks share: a tier picks the defaults, a value that is given wins.
+    """Base of all settings classes: the tier picks the defaults, and a given value replaces its default.
 
     Attributes:
         NOTEBOOK: name of the notebook.
-        PANEL: the settings that its control panel has, in order.
+        PANEL: names of the settings that its control panel shows, in order.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
     NOTEBOOK: ClassVar[str]
     PANEL: ClassVar[tuple[str, ...]]
 
-    tier: Literal["smoke", "cpu", "gpu"] = setting("picks the value of whatever is None below", "cpu")
+    tier: Literal["smoke", "cpu", "gpu"] = setting("picks the default of every parameter that is None", "cpu")
 
     @property
     def seeds(self) -> list[int]:
-        """All seeds of the run, where the notebook has a first seed and a number of them."""
+        """All seeds of the run, for a notebook with the settings ``seed`` and ``num_seeds``."""
         return list(range(self.seed, self.seed + self.num_seeds))
 
     @field_validator("*")
@@ -119,14 +120,18 @@ class NotebookSettings(BaseModel):
 
     @classmethod
     def at(cls, tier: str, **given: Any) -> Self:
-        """The settings of a tier; a given value that is not None replaces its default.
+        """Build the settings of a tier.
+
+        Args:
+            tier: smoke, cpu or gpu.
+            given: values that replace defaults; None keeps the default.
 
         Raises:
-            SettingsError: no such tier, an unknown name, a value that can't be.
+            SettingsError: the tier or a name is unknown, or a value is not allowed.
         """
         if tier not in TIERS:
             raise SettingsError(
-                f"There is no tier {tier!r}: {_did_you_mean(tier, TIERS)} It can be {', '.join(TIERS)}."
+                f"There is no tier {tier!r}: {did_you_mean(tier, TIERS)} The tiers are {', '.join(TIERS)}."
             )
         defaults = {parameter.name: parameter.defaults[tier] for parameter in cls.parameters()}
         chosen = {name: value for name, value in given.items() if value is not None}
@@ -134,15 +139,16 @@ class NotebookSettings(BaseModel):
 
     @classmethod
     def from_cell(cls, namespace: Mapping[str, Any]) -> Self:
-        """The settings of a notebook's `parameters` cell: called with ``globals()`` in the cell after it.
+        """Read the settings from a notebook's `parameters` cell; call it with ``globals()`` in the next cell.
 
-        FTKIT_TIER overrides the tier: tools that execute notebooks but pass no parameters (nbval) choose it so.
+        The environment variable FTKIT_TIER overrides the tier. It is meant for tools that execute notebooks but cannot
+        pass parameters, such as nbval.
 
         Args:
-            namespace: holds, under the names of the settings, their values.
+            namespace: values by name of the setting; other names are ignored.
 
         Raises:
-            SettingsError: as for ``at``; also an unknown name that papermill was given.
+            SettingsError: as for ``at``, and if papermill was given an unknown name.
         """
         for name in _injected(namespace.get("In", [])):
             if name not in cls.model_fields:
@@ -151,7 +157,7 @@ class NotebookSettings(BaseModel):
         return cls.at(**given | {"tier": os.environ.get("FTKIT_TIER", given["tier"])})
 
     def changed(self, **given: Any) -> Self:
-        """These settings with other values; checked, unlike ``model_copy``.
+        """Copy these settings with other values; unlike ``model_copy`` this checks them.
 
         Raises:
             SettingsError: as for ``at``.
@@ -159,24 +165,24 @@ class NotebookSettings(BaseModel):
         return self._checked(self.model_dump() | given)
 
     def differing(self) -> dict[str, tuple[Any, Any]]:
-        """What is not the default of the tier: name to (default, value)."""
+        """Settings that differ from the default of their tier, as name to (default, value)."""
         pairs = {p.name: (p.defaults[self.tier], getattr(self, p.name)) for p in self.parameters()[1:]}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     @classmethod
     def parameters(cls) -> list[Parameter]:
-        """Every setting, in the order of the `parameters` cell."""
+        """All settings, in the order of the `parameters` cell."""
         return [_parameter(cls, name) for name in cls.model_fields]
 
     @classmethod
     def parameters_cell(cls) -> str:
-        """Source of the notebook's `parameters` cell."""
-        lines = ['tier: str = "cpu"  # smoke, cpu or gpu: picks the value of whatever is None below']
+        """Source code of the notebook's `parameters` cell."""
+        lines = ['tier: str = "cpu"  # smoke, cpu or gpu: picks the default of every parameter that is None']
         for parameter in cls.parameters()[1:]:
             line = f"{parameter.name}: {parameter.kind} | None = None  # {parameter.help}"
             default = parameter.defaults["cpu"]
             for note in (parameter.allowed, "" if default is None else f"at cpu {in_words(default)}"):
-                line += f"; {note}" if note and len(f"{line}; {note}") <= LINE_LENGTH else ""
+                line += f"; {note}" if note and len(f"{line}; {note}") <= _LINE_LENGTH else ""
             lines.append(line)
         return "\n".join(lines)
 
@@ -185,33 +191,35 @@ class NotebookSettings(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise SettingsError(cls._refusal(error.errors()[0])) from None
+            raise SettingsError(cls._message(error.errors()[0])) from None
 
     @classmethod
-    def _refusal(cls, error: Mapping[str, Any]) -> str:
-        """pydantic's error as a sentence."""
+    def _message(cls, error: Mapping[str, Any]) -> str:
+        """Turn one of pydantic's errors into a sentence."""
         name, value = str(error["loc"][0]), error["input"]
         if error["type"] == "extra_forbidden":
             return cls._unknown(name)
         parameter = _parameter(cls, name)
         if error["type"] == "literal_error":
-            cure = f"{_did_you_mean(str(value), parameter.choices)} It can be {parameter.allowed}"
+            cure = f"{did_you_mean(str(value), parameter.choices)} Give one of {parameter.allowed}"
         elif error["type"] == "value_error":
-            return f"{name}={value!r} can't be: {error['msg'].removeprefix('Value error, ')}."
+            return f"{name}={value!r} is not allowed: {error['msg'].removeprefix('Value error, ')}."
         else:
             kinds = {"float": "a number", "int": "a whole number", "bool": "true or false"}
             kinds |= {"list": f"a list such as {json.dumps(parameter.defaults['cpu'])}"}
-            cure = ", ".join(filter(None, [f"give {kinds.get(parameter.kind, 'a text')}", parameter.allowed]))
-        return f"{name}={value!r} can't be: {cure} ({parameter.help})."
+            cure = f"give {kinds.get(parameter.kind, 'a text')}"
+            if parameter.low is not None:
+                cure += f"{', each item' * (parameter.kind == 'list')} from {parameter.allowed}"
+        return f"{name}={value!r} is not allowed: {cure} ({parameter.help})."
 
     @classmethod
     def _unknown(cls, name: str) -> str:
         names = list(cls.model_fields)
-        return f"{cls.NOTEBOOK} has no parameter {name!r}: {_did_you_mean(name, names)} It has {', '.join(names)}."
+        return f"{cls.NOTEBOOK} has no parameter {name!r}: {did_you_mean(name, names)} It has {', '.join(names)}."
 
 
 def in_words(value: Any) -> str:
-    """A value as people write it."""
+    """Write a value as people do: thousands separated by commas, items of a list by commas and spaces."""
     if isinstance(value, bool | str) or value is None:
         return str(value)
     if isinstance(value, list | tuple):
@@ -222,7 +230,7 @@ def in_words(value: Any) -> str:
 def _parameter(cls: type[NotebookSettings], name: str) -> Parameter:
     info = cls.model_fields[name]
     kind = info.annotation
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # with None
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # X | None
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is Annotated:
         kind = typing.get_args(kind)[0]
@@ -232,7 +240,7 @@ def _parameter(cls: type[NotebookSettings], name: str) -> Parameter:
 
 
 def _injected(history: Sequence[str]) -> list[str]:
-    """Names that papermill's cell assigns, if papermill executes this notebook."""
+    """Names that are assigned in the cell that papermill adds, if papermill executes this notebook."""
     cells = [source for source in history if re.match(r"# Parameters\n", source)]
     return [
         ast.unparse(statement.targets[0])
@@ -240,10 +248,6 @@ def _injected(history: Sequence[str]) -> list[str]:
         for statement in ast.parse(source).body
         if isinstance(statement, ast.Assign)
     ]
-
-
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    return f"did you mean {nearest(name, names)!r}?"
 
 
 def _known_model(name: str) -> str:
@@ -259,18 +263,18 @@ def _known_images(name: str) -> str:
 
 
 def _named(name: str, known: list[str]) -> str:
-    """One of the known names, a hub id or a folder that is there."""
+    """Check that a name is one of the known names, a hub id or an existing folder."""
     if name not in known and "/" not in name and not (name and Path(name).is_dir()):
-        raise ValueError(f"{_did_you_mean(name, known)} Give {', '.join(known)}, a folder or a hub id (owner/name)")
+        raise ValueError(f"{did_you_mean(name, known)} Give {', '.join(known)}, a folder or a hub id (owner/name)")
     return name
 
 
 def _known_dataset(name: str) -> str:
     known = registry.names("text-classification")
     if Path(name).is_file():
-        raise ValueError("a file of your own is given as data")
+        raise ValueError("give a file of your own as `data`")
     if name not in known and "/" not in name:
-        raise ValueError(f"{_did_you_mean(name, known)} Give {', '.join(known)} or a hub id (owner/name)")
+        raise ValueError(f"{did_you_mean(name, known)} Give {', '.join(known)} or a hub id (owner/name)")
     return name
 
 
@@ -280,7 +284,7 @@ def _source(name: str) -> str:
 
 def _existing_file(name: str) -> str:
     if not Path(name).is_file():
-        raise ValueError("there is no such file: give its path, from the current folder or from the root")
+        raise ValueError("there is no such file, give an absolute path or one relative to the current folder")
     return name
 
 
@@ -290,7 +294,7 @@ Dataset = Annotated[str, AfterValidator(_known_dataset)]
 
 OwnFile = Annotated[str, AfterValidator(_existing_file)]
 
-Source = Annotated[str, AfterValidator(_source)]  # a data set or a file of the reader's
+Source = Annotated[str, AfterValidator(_source)]  # a data set or the reader's own file
 
 ImageModel = Annotated[str, AfterValidator(_known_image_model)]
 

@@ -1,4 +1,4 @@
-"""What can be set in each notebook."""
+"""The settings of each notebook, with their bounds and their defaults at each tier."""
 
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -7,13 +7,13 @@ from ftkit.lab.schema import Dataset, ImageModel, Images, Model, NotebookSetting
 
 
 def settings_of(notebook: str | Path) -> type[NotebookSettings] | None:
-    """The settings class of a notebook, by its name or path; None for a notebook that has none (not ours)."""
+    """Settings class of a notebook, given by name or path; None for a notebook that is not part of the kit."""
     classes = [item for item in globals().values() if isinstance(item, type) and hasattr(item, "NOTEBOOK")]
     return next((cls for cls in classes if Path(notebook).stem == cls.NOTEBOOK), None)
 
 
 class TextSettings(NotebookSettings):
-    """What the notebooks on classified texts share."""
+    """Settings shared by the notebooks on text classification."""
 
     model: Model = setting("an asset, a hub id (owner/name) or a folder", "minilm", gpu="google-bert/bert-base-uncased")
     dataset: Dataset = setting("an asset or a hub id (owner/name)", "movie-sentiment")
@@ -24,10 +24,16 @@ class TextSettings(NotebookSettings):
         "training rows of each seed", 1000, smoke=64, gpu=6000, between=(2, 1_000_000), unit="rows", log=True
     )
     test_rows: int = setting(
-        "rows every score is measured on", 1000, smoke=100, gpu=2000, between=(2, 1_000_000), unit="rows", log=True
+        "test rows that every score is measured on",
+        1000,
+        smoke=100,
+        gpu=2000,
+        between=(2, 1_000_000),
+        unit="rows",
+        log=True,
     )
     max_length: int = setting(
-        "tokens kept of a text", 64, smoke=32, gpu=128, between=(8, 8192), unit="tokens", log=True
+        "maximum length of a text", 64, smoke=32, gpu=128, between=(8, 8192), unit="tokens", log=True
     )
     seed: int = setting("the first seed", 0, between=(0, 1_000_000))
     num_seeds: int = setting(
@@ -36,45 +42,47 @@ class TextSettings(NotebookSettings):
 
     @property
     def source(self) -> str:
-        """Where the texts come from: the reader's own file, or the data set."""
+        """The reader's own file if there is one, else the data set."""
         return self.data or self.dataset
 
 
 class FullFineTuning(TextSettings):
-    """Notebook 01."""
+    """Settings of notebook 01, full fine-tuning."""
 
     NOTEBOOK: ClassVar = "01_full_fine_tuning"
     PANEL: ClassVar = ("lr", "schedule", "warmup", "rows", "num_epochs", "batch_size", "keep_best", "seed", "num_seeds")
 
     lr: float = setting("peak learning rate of full fine-tuning", 1e-4, gpu=3e-5, between=(1e-7, 1), log=True)
     scratch_lr: float = setting("peak learning rate from random weights", 3e-4, gpu=1e-4, between=(1e-7, 1), log=True)
-    schedule: Literal["linear", "cosine", "constant"] = setting("the rate after warm-up", "linear")
-    warmup: float = setting("share of the steps over which the rate rises from 0", 0.1, between=(0, 0.9))
+    schedule: Literal["linear", "cosine", "constant"] = setting("learning rate after warm-up", "linear")
+    warmup: float = setting("share of the steps in which the rate rises from 0", 0.1, between=(0, 0.9))
     num_epochs: int = setting("passes over the training rows", 2, smoke=1, gpu=3, between=(1, 100), unit="epochs")
-    batch_size: int = setting("rows a step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
-    keep_best: bool = setting("end with the weights of the epoch best on validation", True)
-    live_rows: list[int] = setting("rows tried live beside the study", [200], smoke=[20], between=(2, 1_000_000))
-    live_rates: list[float] = setting("rates tried live beside the study", [3e-4], between=(1e-7, 1))
+    batch_size: int = setting("rows per step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
+    keep_best: bool = setting("keep the weights of the best epoch on validation", True)
+    live_rows: list[int] = setting(
+        "numbers of rows trained live, next to the study", [200], smoke=[20], between=(2, 1_000_000)
+    )
+    live_rates: list[float] = setting("learning rates trained live, next to the study", [3e-4], between=(1e-7, 1))
     far_domains: list[Dataset] = setting(
-        "sentiment data that a tuned sentiment model is tried on",
+        "other sentiment data that the tuned model is tested on",
         ["product-sentiment", "editorial-sentiment", "tweet-sentiment"],
         smoke=["product-sentiment"],
     )
 
 
 class TrainedText(TextSettings):
-    """What the notebooks that train a network on texts share."""
+    """Settings shared by the notebooks that compare ways to train a text classifier."""
 
     lr: float = setting("peak learning rate", 1e-4, gpu=3e-5, between=(1e-7, 1), log=True)
-    schedule: Literal["linear", "cosine", "constant"] = setting("the rate after warm-up", "linear")
-    warmup: float = setting("share of the steps over which the rate rises from 0", 0.1, between=(0, 0.9))
+    schedule: Literal["linear", "cosine", "constant"] = setting("learning rate after warm-up", "linear")
+    warmup: float = setting("share of the steps in which the rate rises from 0", 0.1, between=(0, 0.9))
     num_epochs: int = setting("passes over the training rows", 2, smoke=1, gpu=3, between=(1, 100), unit="epochs")
-    batch_size: int = setting("rows a step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
-    keep_best: bool = setting("end with the weights of the epoch best on validation", True)
+    batch_size: int = setting("rows per step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
+    keep_best: bool = setting("keep the weights of the best epoch on validation", True)
 
 
 class Freezing(TrainedText):
-    """Notebook 02."""
+    """Settings of notebook 02, freezing."""
 
     NOTEBOOK: ClassVar = "02_freezing"
     PANEL: ClassVar = (
@@ -94,14 +102,14 @@ class Freezing(TrainedText):
     groups: int = setting(
         "layer groups that gradual unfreezing adds each epoch", 3, smoke=4, between=(1, 100), unit="groups"
     )
-    decay: float = setting("llrd: a layer's rate over that of the layer above it", 0.7, between=(0.05, 1))
+    decay: float = setting("llrd: rate of a layer divided by that of the layer above", 0.7, between=(0.05, 1))
     lr_scale: float = setting(
-        "factor on each method's best rate on record", 1.0, gpu=0.3, between=(0.001, 100), log=True
+        "factor on the best recorded rate of each method", 1.0, gpu=0.3, between=(0.001, 100), log=True
     )
 
 
 class Adapters(TrainedText):
-    """Notebook 03."""
+    """Settings of notebook 03, LoRA and adapters."""
 
     NOTEBOOK: ClassVar = "03_lora_and_adapters"
     PANEL: ClassVar = (
@@ -121,13 +129,13 @@ class Adapters(TrainedText):
     targets: Literal["query-value", "all-linear"] = setting("the layers that LoRA adapts", "query-value")
     width: int = setting("width of a bottleneck adapter", 16, between=(1, 1024), unit="units", log=True)
     lr_scale: float = setting(
-        "factor on each method's best rate on record", 1.0, gpu=0.3, between=(0.001, 100), log=True
+        "factor on the best recorded rate of each method", 1.0, gpu=0.3, between=(0.001, 100), log=True
     )
-    second_dataset: Dataset = setting("what the second task's adapter learns", "bbc-topics")
+    second_dataset: Dataset = setting("data set of the second task's adapter", "bbc-topics")
 
 
 class Prompting(TextSettings):
-    """Notebook 04."""
+    """Settings of notebook 04, prompt learning."""
 
     NOTEBOOK: ClassVar = "04_prompt_learning"
     PANEL: ClassVar = (
@@ -138,37 +146,43 @@ class Prompting(TextSettings):
         "a causal language model: an asset, a hub id or a folder", "smollm2", gpu="HuggingFaceTB/SmolLM2-1.7B-Instruct"
     )
     encoder: Model = setting(
-        "the network that is tuned as a whole beside it", "minilm", gpu="google-bert/bert-base-uncased"
+        "encoder for full fine-tuning, as a comparison", "minilm", gpu="google-bert/bert-base-uncased"
     )
-    rows: int = setting("labelled rows that a method learns from", 128, smoke=16, between=(2, 1_000_000), log=True)
+    rows: int = setting("labelled training rows", 128, smoke=16, between=(2, 1_000_000), log=True)
     test_rows: int = setting(
-        "rows every score is measured on", 200, smoke=16, gpu=1000, between=(2, 1_000_000), unit="rows", log=True
+        "test rows that every score is measured on",
+        200,
+        smoke=16,
+        gpu=1000,
+        between=(2, 1_000_000),
+        unit="rows",
+        log=True,
     )
     seed: int = setting("the first seed; the record has 0 to 2", 5, between=(0, 1_000_000))
     num_seeds: int = setting("seeds; each draws its own rows", 1, gpu=3, between=(1, 100), unit="seeds")
     template: Literal["heading", "rating", "question", "instruction", "cloze"] = setting(
-        "the prompt that is trained with", "heading"
+        "prompt template used in training", "heading"
     )
     examples: int = setting("solved examples in a few-shot prompt", 8, smoke=2, between=(1, 64), unit="examples")
     method: Literal["prompt_tuning", "prefix_tuning", "p_tuning", "lora", "encoder_full", "few_shot", "calibrated"] = (
-        setting("what the panel trains, or scores", "prompt_tuning")
+        setting("what the panel trains or scores", "prompt_tuning")
     )
     lr: float = setting("peak learning rate of the panel's runs", 1e-2, between=(1e-7, 1), log=True)
     num_tokens: int = setting("vectors in front of the text", 8, between=(1, 100), unit="tokens")
     rank: int = setting("rank of LoRA's update", 8, between=(1, 256), log=True)
     steps: int = setting(
-        "optimiser steps, about; the encoder takes four times as many",
+        "approximate optimiser steps; four times as many for the encoder",
         50,
         smoke=2,
         between=(1, 100_000),
         unit="steps",
         log=True,
     )
-    batch_size: int = setting("rows a step", 8, between=(1, 1024), unit="rows", log=True)
+    batch_size: int = setting("rows per step", 8, between=(1, 1024), unit="rows", log=True)
 
 
 class Continual(NotebookSettings):
-    """Notebook 05."""
+    """Settings of notebook 05, catastrophic forgetting."""
 
     NOTEBOOK: ClassVar = "05_catastrophic_forgetting"
     PANEL: ClassVar = (
@@ -178,19 +192,19 @@ class Continual(NotebookSettings):
 
     model: Model = setting("an asset, a hub id (owner/name) or a folder", "minilm", gpu="google-bert/bert-base-uncased")
     sequence: Literal["tasks", "domains", "classes"] = setting(
-        "tasks have a head each, domains share one, classes come in parts", "tasks"
+        "each task has a head, domains share one, classes come in parts", "tasks"
     )
-    sources: list[Source] = setting("what is learned: assets, hub ids, your files; [] for the lesson's", [])
+    sources: list[Source] = setting("what is learned: assets, hub ids or files; [] for the default", [])
     reverse: bool = setting("learn it in the reverse order", False)
     rows: int = setting(
         "training rows of each task", 300, smoke=24, gpu=2000, between=(2, 1_000_000), unit="rows", log=True
     )
     test_rows: int = setting(
-        "rows of each task that scores are measured on", 200, smoke=32, gpu=1000, between=(2, 1_000_000), unit="rows",
+        "test rows of each task", 200, smoke=32, gpu=1000, between=(2, 1_000_000), unit="rows",
         log=True,
     )  # fmt: skip
     max_length: int = setting(
-        "tokens kept of a text", 32, smoke=16, gpu=128, between=(8, 8192), unit="tokens", log=True
+        "maximum length of a text", 32, smoke=16, gpu=128, between=(8, 8192), unit="tokens", log=True
     )
     seed: int = setting("the first seed; the record has 0 to 2", 5, between=(0, 1_000_000))
     num_seeds: int = setting(
@@ -201,17 +215,17 @@ class Continual(NotebookSettings):
         "lora_per_task", "wise_ft",
     ] = setting("what is done against forgetting", "ewc")  # fmt: skip
     strength: float = setting(
-        "of low_rate, l2sp, ewc, lwf, wise_ft, each on its own scale", 1e4, between=(1e-3, 1e7), log=True
+        "strength of low_rate, l2sp, ewc, lwf, wise_ft; scales differ", 1e4, between=(1e-3, 1e7), log=True
     )
-    buffer: int = setting("rows that replay remembers", 100, smoke=8, between=(1, 1_000_000), unit="rows", log=True)
+    buffer: int = setting("rows in the replay buffer", 100, smoke=8, between=(1, 1_000_000), unit="rows", log=True)
     rank: int = setting("rank of the LoRA strategies", 8, between=(1, 256), log=True)
     lr: float = setting("peak learning rate", 3e-4, gpu=5e-5, between=(1e-7, 1), log=True)
     num_epochs: int = setting("passes over the rows of a task", 2, smoke=1, between=(1, 100), unit="epochs")
-    batch_size: int = setting("rows a step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
+    batch_size: int = setting("rows per step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
 
 
 class Contrastive(NotebookSettings):
-    """Notebook 06."""
+    """Settings of notebook 06, the CLIP loss."""
 
     NOTEBOOK: ClassVar = "06_clip_loss"
     PANEL: ClassVar = (
@@ -222,21 +236,23 @@ class Contrastive(NotebookSettings):
     text_model: Model = setting("the text tower: an asset, a hub id or a folder", "minilm")
     image_model: ImageModel = setting("the image tower: efficientnet-lite0, a hub id or a folder", "efficientnet-lite0")
     images: Images = setting("emoji, a folder of images with a CSV of captions, or a hub id", "emoji")
-    rows: int | None = setting("training pairs; None for all there are", None, smoke=96, between=(8, 10_000_000))
+    rows: int | None = setting("training pairs; None for all", None, smoke=96, between=(8, 10_000_000))
     test_rows: int = setting(
-        "images to search among, never seen in training", 300, smoke=64, gpu=1000, between=(8, 100_000),
+        "images to search in, never used in training", 300, smoke=64, gpu=1000, between=(8, 100_000),
         unit="images",
     )  # fmt: skip
-    size: int = setting("pixels of an image's side", 128, smoke=64, gpu=224, between=(32, 1024), unit="pixels")
+    size: int = setting("width and height of an image", 128, smoke=64, gpu=224, between=(32, 1024), unit="pixels")
     method: Literal["heads_only", "locked_image", "both", "from_scratch"] = setting("what is trained", "heads_only")
-    loss: Literal["clip", "siglip", "one_line"] = setting("of a batch of pairs", "clip")
-    head: Literal["linear", "mlp"] = setting("on each tower", "linear")
+    loss: Literal["clip", "siglip", "one_line"] = setting("loss of a batch of pairs", "clip")
+    head: Literal["linear", "mlp"] = setting("projection head on each tower", "linear")
     dim: int = setting("width of the common space", 128, between=(2, 4096), log=True)
-    temperature: float = setting("that training starts with", 0.07, between=(0.01, 1), log=True)
-    learn_temperature: bool = setting("or it stays as it is", True)
+    temperature: float = setting("temperature at the start of training", 0.07, between=(0.01, 1), log=True)
+    learn_temperature: bool = setting("whether training changes the temperature", True)
     augment: bool = setting("turn, shift and scale the training images", False)
     lr: float = setting("peak learning rate of the panel's runs", 1e-3, between=(1e-7, 1), log=True)
     num_epochs: int = setting("passes over the training pairs", 15, smoke=6, between=(1, 1000), unit="epochs")
-    batch_size: int = setting("pairs a step, each other's negatives", 64, gpu=256, between=(2, 65536), log=True)
+    batch_size: int = setting(
+        "pairs per step, which are each other's negatives", 64, gpu=256, between=(2, 65536), log=True
+    )
     seed: int = setting("the first seed; the record has 0 to 2", 5, between=(0, 1_000_000))
     num_seeds: int = setting("seeds; each draws its own weights and order", 1, gpu=3, between=(1, 100), unit="seeds")

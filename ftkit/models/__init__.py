@@ -1,4 +1,4 @@
-"""What is adapted."""
+"""Models: loaded and saved, their layers, encoders, heads and text generation."""
 
 import lazy_loader
 

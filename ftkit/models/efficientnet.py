@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 (Tan and Le, 2019), with its batch norms folded into the convolutions."""
+"""EfficientNet-Lite0 (Tan and Le, 2019) with its batch norms folded into the convolutions."""
 
 import torch
 from efficientnet_lite_pytorch import EfficientNet as LibraryNetwork
@@ -11,25 +11,21 @@ from ftkit.models.modules import seeded
 
 NAME = "efficientnet-lite0"
 
-MEAN = (127 / 255,) * 3  # the lite networks saw (pixel - 127) / 128, not the means and deviations of ImageNet
-
-STD = (128 / 255,) * 3
-
 
 class EfficientNet(nn.Module):
-    """The convolutions of EfficientNet-Lite0 (Tan and Le, 2019) and the mean over positions, without the classes.
+    """EfficientNet-Lite0 (Tan and Le, 2019) without its classifier: convolutions and the mean over positions.
 
-    Each batch norm is folded, with the statistics of ImageNet, into the convolution before it. That is faster, and
-    small batches can't spoil what no longer is there. Every weight can be trained; training and eval mode are alike,
-    for there is no dropout either.
+    Each batch norm, with its statistics from ImageNet, is folded into the convolution before it. This is faster, and
+    small batches cannot spoil the statistics. Every weight can be trained. Train and eval mode are the same, as there
+    is no dropout either.
 
     Attributes:
-        width: of the features, 1280.
-        mean, std: per channel, for images in [0, 1].
+        width: number of features, 1280.
+        mean, std: for each channel of images in [0, 1].
     """
 
     width = 1280
-    mean, std = MEAN, STD
+    mean, std = (127 / 255,) * 3, (128 / 255,) * 3  # the lite networks were trained on (pixel - 127) / 128
 
     def __init__(self, *, pretrained: bool = True, seed: int = 0) -> None:
         """Build the network on the CPU.
@@ -37,10 +33,10 @@ class EfficientNet(nn.Module):
         Args:
             pretrained: False gives random weights that keep the scale of the signal (He et al., 2015), for training
                 from scratch.
-            seed: of the random weights.
+            seed: seed of the random weights.
 
         Raises:
-            AssetError: the weights can't be had.
+            AssetError: the weights cannot be found or downloaded.
         """
         super().__init__()
         with seeded(seed):
@@ -53,13 +49,13 @@ class EfficientNet(nn.Module):
             self.head = _Convolution(library._conv_head, library._bn1)
             if not pretrained:
                 self._draw()
-        self.to(memory_format=torch.channels_last)  # 1.6 times as fast on a CPU, in training too
+        self.to(memory_format=torch.channels_last)  # 1.6 times as fast on a CPU, also in training
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode images.
 
         Args:
-            pixel_values: (B, 3, H, W) float, normalised; any size, best a multiple of 32, as in training (224).
+            pixel_values: (B, 3, H, W) float, normalised. Any size works, best a multiple of 32; training used 224.
 
         Returns:
             (B, 1280) float features, each in [0, 6].
@@ -71,7 +67,7 @@ class EfficientNet(nn.Module):
         return F.relu6(self.head(x), inplace=True).mean((2, 3))
 
     def _draw(self) -> None:
-        """Draw weights that need no batch norm to keep the signal alive."""
+        """Draw weights that keep the scale of the signal without batch norm."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d):
                 no_relu = name.endswith("project")
@@ -80,7 +76,7 @@ class EfficientNet(nn.Module):
 
 
 class _Convolution(nn.Conv2d):
-    """A convolution with the batch norm after it, padded as the library's is for images of 224 pixels."""
+    """A convolution fused with the batch norm after it, padded as the library does for images of 224 pixels."""
 
     def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         fused = fuse_conv_bn_eval(convolution, norm)
@@ -89,9 +85,9 @@ class _Convolution(nn.Conv2d):
             fused.in_channels, fused.out_channels, fused.kernel_size, tuple(fused.stride), groups=fused.groups,
             padding=left if left == right else 0,
         )  # fmt: skip
-        # with stride 2, TensorFlow pads one pixel more on the right and below: convolutions of torch can't
+        # with stride 2, TensorFlow pads one pixel more on the right and at the bottom; torch's convolution cannot
         self.before = None if left == right else (left, right, left, right)
-        self.weight, self.bias = fused.weight, fused.bias.requires_grad_()  # it comes frozen, as running means are
+        self.weight, self.bias = fused.weight, fused.bias.requires_grad_()  # fused from frozen running means
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, D, H / stride, W / stride)."""
@@ -99,7 +95,7 @@ class _Convolution(nn.Conv2d):
 
 
 class _Block(nn.Module):
-    """Inverted residual (Sandler et al., 2018): widen, convolve each channel by itself, narrow; add where it fits."""
+    """Inverted residual (Sandler et al., 2018): expand, convolve depthwise, project; add the input if it fits."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -111,7 +107,7 @@ class _Block(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, D, H / stride, W / stride)."""
-        # in place: no gradient needs what a convolution gave, only what it was given
+        # in place is safe: the backward pass needs a convolution's input, not its output
         x = inputs if self.expand is None else F.relu6(self.expand(inputs), inplace=True)
         x = self.project(F.relu6(self.depthwise(x), inplace=True))
         return x.add_(inputs) if self.skips else x

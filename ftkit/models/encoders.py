@@ -1,4 +1,4 @@
-"""Encoders that give one vector for a text or an image."""
+"""Encoders that turn a text or an image into one vector."""
 
 from pathlib import Path
 from typing import Any
@@ -22,53 +22,60 @@ from ftkit.errors import ModelError
 from ftkit.models.device import choose_device
 from ftkit.models.efficientnet import NAME as EFFICIENTNET
 from ftkit.models.efficientnet import EfficientNet
-from ftkit.models.loading import _check_dropout, _locate, _plain_errors, _quiet, _ready, _set_dropout
+from ftkit.models.loading import (
+    as_model_error,
+    check_dropout,
+    finish_loading,
+    locate_model,
+    quiet_transformers,
+    set_dropout,
+)
 from ftkit.models.modules import seeded
 
-SMALL_VIT = "small-vit"
+_SMALL_VIT = "small-vit"
 
-PATCH = 16  # pixels, of the small ViT
+_PATCH = 16  # pixels, of the small ViT
 
-SIGLIP = {"siglip_text_model", "siglip2_text_model"}
+_SIGLIP = {"siglip_text_model", "siglip2_text_model"}
 
-POOLED = {"clip_text_model", *SIGLIP}  # they were trained on one token's output
+_POOLED = {"clip_text_model", *_SIGLIP}  # trained on the output at one token
 
-HALF = (0.5, 0.5, 0.5)  # as mean and deviation they map [0, 1] to [-1, 1]
+_HALF = (0.5, 0.5, 0.5)  # as mean and standard deviation, it maps [0, 1] to [-1, 1]
 
 
 class TextEncoder(nn.Module):
-    """A transformer that gives each text one vector.
+    """A transformer that turns each text into one vector.
 
-    BERT and its kin give the mean over the tokens that are no padding (Reimers and Gurevych, 2019), the text models
-    of CLIP and SigLIP what they were trained to give: the output at one token (``pooler_output``).
+    BERT and similar models give the mean over the tokens without padding (Reimers and Gurevych, 2019). The text models
+    of CLIP and SigLIP give the output at one token (``pooler_output``), as they were trained to.
 
     Attributes:
         network: the transformer.
-        tokenizer: its tokenizer; ``tokenize`` calls it as the network needs it.
+        tokenizer: its tokenizer; ``tokenize`` calls it with the options that the network needs.
         pooling: "mean" or "pooler".
-        window: tokens that every text is padded to, or None where a mask tells what is padding.
-        width: of the vectors.
+        window: number of tokens that every text is padded to; None if a mask marks the padding.
+        width: size of the vectors.
     """
 
     def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         self.network, self.tokenizer = network, tokenizer
-        self.pooling = "pooler" if network.config.model_type in POOLED else "mean"
+        self.pooling = "pooler" if network.config.model_type in _POOLED else "mean"
         self.width: int = network.config.hidden_size
         # SigLIP was trained without a mask, on the output at the last token of the window
         self.window: int | None = (
-            network.config.max_position_embeddings if network.config.model_type in SIGLIP else None
+            network.config.max_position_embeddings if network.config.model_type in _SIGLIP else None
         )
         if self.pooling == "mean" and getattr(network, "pooler", None) is not None:
-            network.pooler = None  # its output would go unused, its weights get no gradient
+            network.pooler = None  # its output would not be used, and its weights would get no gradient
 
     def tokenize(self, texts: list[str], max_length: int, **options: Any) -> BatchEncoding:
-        """The columns that the network reads of texts.
+        """Tokenize texts into the columns that the network reads.
 
         Args:
-            texts: N of them.
-            max_length: tokens kept of a text, special tokens included; SigLIP keeps its window.
-            options: of the tokenizer, like ``padding`` and ``return_tensors``.
+            texts: N texts.
+            max_length: number of tokens to keep of a text, with special tokens; SigLIP always uses its window.
+            options: options of the tokenizer, such as ``padding`` and ``return_tensors``.
         """
         if self.window is not None:
             max_length = self.window
@@ -80,8 +87,8 @@ class TextEncoder(nn.Module):
 
         Args:
             input_ids: (B, T) int64.
-            attention_mask: (B, T), 1 where there is a token and 0 where there is padding; None is all tokens.
-            more: what else the tokenizer gives, like ``token_type_ids``.
+            attention_mask: (B, T), 1 for a token and 0 for padding; None if there is no padding.
+            more: further columns from the tokenizer, such as ``token_type_ids``.
 
         Returns:
             (B, width) float.
@@ -97,15 +104,15 @@ class TextEncoder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """A network that gives each image one vector.
+    """A network that turns each image into one vector.
 
-    A vision transformer gives its ``pooler_output`` where it was trained with one, else the mean over its patches.
+    A vision transformer gives its ``pooler_output`` if it was trained with one, else the mean over its patches.
 
     Attributes:
         network: an ``EfficientNet`` or a vision model of transformers.
-        width: of the vectors.
-        size: pixels of the side that it wants, or None where any size goes.
-        mean, std: per channel, for images in [0, 1].
+        width: size of the vectors.
+        size: height and width of the images in pixels; None if any size will do.
+        mean, std: for each channel of images in [0, 1].
     """
 
     def __init__(
@@ -113,8 +120,8 @@ class ImageEncoder(nn.Module):
         network: EfficientNet | PreTrainedModel,
         *,
         size: int | None = None,
-        mean: tuple[float, float, float] = HALF,
-        std: tuple[float, float, float] = HALF,
+        mean: tuple[float, float, float] = _HALF,
+        std: tuple[float, float, float] = _HALF,
     ) -> None:
         super().__init__()
         self.network, self.size, self.mean, self.std = network, size, mean, std
@@ -122,7 +129,7 @@ class ImageEncoder(nn.Module):
         patch = getattr(config, "patch_size", None)
         self._patch = patch if isinstance(patch, int) else None
         was_training = network.training
-        with torch.no_grad():  # families call their width by many names: ask the network itself
+        with torch.no_grad():  # configs name the width differently: run the network once
             probe = torch.zeros(1, 3, size or 64, size or 64, device=next(network.parameters()).device)
             self.width: int = self.eval()(probe).shape[1]
         self.train(was_training)
@@ -142,9 +149,9 @@ class ImageEncoder(nn.Module):
         if getattr(output, "pooler_output", None) is not None:
             return output.pooler_output.flatten(1)
         states = output.last_hidden_state
-        if states.ndim == 4:  # of a convolutional network
+        if states.ndim == 4:  # convolutional network
             return states.mean((2, 3))
-        if self._patch:  # tokens that are no patches come first
+        if self._patch:  # other tokens come before the patches
             height, width = pixel_values.shape[2:]
             states = states[:, -(height // self._patch) * (width // self._patch) :]
         return states.mean(1)
@@ -156,32 +163,32 @@ def load_text_encoder(
     """Load a text encoder.
 
     Args:
-        name: the asset "minilm", a folder, or a hub id; of a model of texts and images, the text half is taken.
+        name: the asset "minilm", a folder, or a hub id. Of a model for texts and images, only the text model is used.
         pretrained: False gives the same architecture with random weights.
-        dropout: probability, in [0, 1), for every dropout layer; None leaves the checkpoint's.
-        seed: of random weights.
+        dropout: probability in [0, 1) for every dropout layer; None keeps the checkpoint's.
+        seed: seed of random weights.
 
     Returns:
-        The encoder in float32 on the device that ``choose_device`` names, in eval mode.
+        The encoder in float32, in eval mode and on the device from ``choose_device``.
 
     Raises:
-        ModelError: no such model, or none that reads text.
-        AssetError: the weights of an asset can't be had.
+        ModelError: the model does not exist, or does not read text.
+        AssetError: the weights of an asset cannot be found or downloaded.
     """
-    _check_dropout(dropout)
-    source, options, advice = _locate(name, ("text-encoder",), "a text encoder")
-    with _plain_errors(name, advice), _quiet(), seeded(seed):
+    check_dropout(dropout)
+    source, options, advice = locate_model(name, ("text-encoder",), "a text encoder")
+    with as_model_error(name, advice), quiet_transformers(), seeded(seed):
         config = AutoConfig.from_pretrained(source, **options)
         if dropout is not None:
-            _set_dropout(getattr(config, "text_config", config), dropout)
+            set_dropout(getattr(config, "text_config", config), dropout)
     network, _ = _load_tower(name, source, options, advice, config, pretrained, seed)
     network = getattr(network, "text_model", network)
     if network.config.is_encoder_decoder:
         network = network.get_encoder()
     _check_reads(name, network, "input_ids", "text encoder", "minilm")
-    with _plain_errors(name, advice), _quiet():
+    with as_model_error(name, advice), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    return TextEncoder(*_ready(network, tokenizer, name)).eval()
+    return TextEncoder(*finish_loading(network, tokenizer, name)).eval()
 
 
 def load_image_encoder(name: str | Path, *, pretrained: bool = True, size: int = 128, seed: int = 0) -> ImageEncoder:
@@ -189,53 +196,52 @@ def load_image_encoder(name: str | Path, *, pretrained: bool = True, size: int =
 
     Args:
         name: "efficientnet-lite0" (Tan and Le, 2019); "small-vit", a vision transformer (Dosovitskiy et al., 2021)
-            of 4 layers of width 128; a folder, or a hub id, of a vision model. Of a model of texts and images, the
-            half for images is taken.
-        pretrained: False gives the same architecture with random weights; "small-vit" has no others, whatever this
-            says.
-        size: pixels of the side of the images for "small-vit", a multiple of 16; the others have their own.
-        seed: of random weights.
+            of 4 layers of width 128; a folder, or a hub id, of a vision model. Of a model for texts and images, only
+            the image model is used.
+        pretrained: False gives the same architecture with random weights; "small-vit" always has random weights.
+        size: height and width of the images for "small-vit" in pixels, a multiple of 16; other models have their own.
+        seed: seed of random weights.
 
     Returns:
-        The encoder in float32 on the device that ``choose_device`` names, in eval mode.
+        The encoder in float32, in eval mode and on the device from ``choose_device``.
 
     Raises:
-        ModelError: no such model, none that sees images, or a size that "small-vit" can't have.
-        AssetError: the weights of an asset can't be had.
+        ModelError: the model does not exist, does not read images, or "small-vit" cannot have this size.
+        AssetError: the weights of an asset cannot be found or downloaded.
     """
     device = choose_device().device
     if name == EFFICIENTNET:
         network = EfficientNet(pretrained=pretrained, seed=seed).to(device)
         return ImageEncoder(network, mean=network.mean, std=network.std).eval()
-    if name == SMALL_VIT:
+    if name == _SMALL_VIT:
         return ImageEncoder(_small_vit(size, seed).to(device), size=size).eval()
-    source, options, advice = _locate(name, ("image-encoder",), "an image encoder", EFFICIENTNET)
-    with _plain_errors(name, advice), _quiet():
+    source, options, advice = locate_model(name, ("image-encoder",), "an image encoder", EFFICIENTNET)
+    with as_model_error(name, advice), quiet_transformers():
         config = AutoConfig.from_pretrained(source, **options)
     network, missing = _load_tower(name, source, options, advice, config, pretrained, seed)
     network = getattr(network, "vision_model", network)
     _check_reads(name, network, "pixel_values", "image encoder", EFFICIENTNET)
-    if missing:  # a checkpoint of a classifier has no pooler: the model made one up
+    if missing:  # a classifier's checkpoint has no pooler: this one is random
         network.pooler = None
     return _image_encoder(network.to(device), source, options).eval()
 
 
 def load_clip(name: str | Path) -> tuple[TextEncoder, ImageEncoder, nn.Linear, nn.Linear, float]:
-    """Load both encoders of CLIP (Radford et al., 2021) and what brings them into one space.
+    """Load both encoders of CLIP (Radford et al., 2021), their projections into one space, and the logit scale.
 
     Args:
-        name: a folder, or a hub id like openai/clip-vit-base-patch32.
+        name: a folder, or a hub id such as openai/clip-vit-base-patch32.
 
     Returns:
-        The text encoder; the image encoder; the projection of texts, (text width) -> (D,); the projection of
-        images, (image width) -> (D,); the logarithm of the factor on the cosines. All in float32 on the device that
-        ``choose_device`` names, in eval mode.
+        The text encoder; the image encoder; the text projection, (text width) -> (D,); the image projection,
+        (image width) -> (D,); the logarithm of the logit scale. All modules are in float32, in eval mode and on the
+        device from ``choose_device``.
 
     Raises:
-        ModelError: no such model, or it is not a CLIP model.
+        ModelError: the model does not exist, or is not a CLIP model.
     """
-    source, options, advice = _locate(name, (), "a CLIP model", "openai/clip-vit-base-patch32")
-    with _plain_errors(name, advice), _quiet():
+    source, options, advice = locate_model(name, (), "a CLIP model", "openai/clip-vit-base-patch32")
+    with as_model_error(name, advice), quiet_transformers():
         config = AutoConfig.from_pretrained(source, **options)
         if config.model_type != "clip":
             raise ValueError(f"it is of the family {config.model_type}, not clip")
@@ -243,16 +249,16 @@ def load_clip(name: str | Path) -> tuple[TextEncoder, ImageEncoder, nn.Linear, n
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     _refuse_missing(name, info)
     model = model.to(choose_device().device).eval()
-    texts = TextEncoder(*_ready(model.text_model, tokenizer, name)).eval()
+    texts = TextEncoder(*finish_loading(model.text_model, tokenizer, name)).eval()
     images = _image_encoder(model.vision_model, source, options).eval()
     return texts, images, model.text_projection, model.visual_projection, model.logit_scale.item()
 
 
 def _small_vit(size: int, seed: int) -> ViTModel:
-    if size < PATCH or size % PATCH:
-        raise ModelError(f"A size of {size} pixels is no multiple of {SMALL_VIT}'s patches of {PATCH}: try 128.")
+    if size < _PATCH or size % _PATCH:
+        raise ModelError(f"A size of {size} pixels is not a multiple of {_SMALL_VIT}'s patch size {_PATCH}: try 128.")
     config = ViTConfig(
-        image_size=size, patch_size=PATCH, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+        image_size=size, patch_size=_PATCH, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
         intermediate_size=256,
     )  # fmt: skip
     with seeded(seed):
@@ -262,23 +268,24 @@ def _small_vit(size: int, seed: int) -> ViTModel:
 def _load_tower(
     name: str | Path, source: str, options: dict[str, bool], advice: str, config: Any, pretrained: bool, seed: int
 ) -> tuple[PreTrainedModel, bool]:
-    """The model without a head, and whether its pooler is not from the checkpoint."""
-    with _plain_errors(name, advice), _quiet(), seeded(seed):
+    """Load a model without its head, and tell whether its pooler is missing in the checkpoint."""
+    with as_model_error(name, advice), quiet_transformers(), seeded(seed):
         if not pretrained:
             return AutoModel.from_config(config, dtype=torch.float32), False
-        how = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-        model, info = AutoModel.from_pretrained(source, **how, **options)
+        model, info = AutoModel.from_pretrained(
+            source, config=config, dtype=torch.float32, output_loading_info=True, **options
+        )
     return model, _refuse_missing(name, info)
 
 
 def _refuse_missing(name: str | Path, info: dict[str, Any]) -> bool:
-    """Refuse a checkpoint that lacks weights of an encoder; whether it lacks a pooler's, which it can do without."""
+    """Refuse a checkpoint that lacks weights of the encoder, and tell whether it lacks a pooler, which it may."""
     missing = sorted(info["missing_keys"])
     lacking = [key for key in missing if "pooler" not in key]
     if lacking:
         raise ModelError(
             f"The model {str(name)!r} lacks {len(lacking)} weights of its encoder ({', '.join(lacking[:2])}): "
-            "save the whole model, or choose another one."
+            "save the complete model, or choose another one."
         )
     return bool(missing)
 
@@ -287,19 +294,19 @@ def _check_reads(name: str | Path, network: PreTrainedModel, wanted: str, what: 
     if network.main_input_name != wanted:
         raise ModelError(
             f"The model {str(name)!r} ({network.config.model_type}) reads {network.main_input_name}, not {wanted}, "
-            f"so it can't be the {what}: use one like {example}."
+            f"so it can't be the {what}: use a model like {example}."
         )
 
 
 def _image_encoder(network: PreTrainedModel, source: str, options: dict[str, bool]) -> ImageEncoder:
-    """Wrap a vision model with the size and normalisation that were saved beside it."""
+    """Wrap a vision model with the image size and normalisation that were saved with it."""
     try:  # not AutoImageProcessor, which needs torchvision
-        facts, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=options["local_files_only"])
+        saved, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=options["local_files_only"])
     except OSError:  # there is none
-        facts = {}
+        saved = {}
     size = getattr(network.config, "image_size", None)
     size = size[0] if isinstance(size, list | tuple) else size
-    if not facts.get("do_normalize", True):
+    if not saved.get("do_normalize", True):
         return ImageEncoder(network, size=size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    mean, std = (tuple(facts.get(key) or HALF) for key in ("image_mean", "image_std"))
+    mean, std = (tuple(saved.get(key) or _HALF) for key in ("image_mean", "image_std"))
     return ImageEncoder(network, size=size, mean=mean, std=std)

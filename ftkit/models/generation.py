@@ -1,4 +1,4 @@
-"""Text from a language model, piece by piece."""
+"""Generate text with a language model, piece by piece."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -13,10 +13,10 @@ from ftkit.models.causal_lm import chat_text, next_token_logits, require_languag
 from ftkit.models.kv_cache import takes_cache
 from ftkit.models.modules import eval_mode
 
-# a text to continue, its token ids, or the turns of a chat: {"role": …, "content": …}
+# a text to continue, its token ids, or the turns of a chat, {"role": …, "content": …}
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
-CUT = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of a part of a character
+_CUT = "\N{REPLACEMENT CHARACTER}"  # a tokenizer decodes part of a character to this
 
 
 def generate(
@@ -29,32 +29,32 @@ def generate(
     stop: Sequence[str] = (),
     seed: int = 0,
 ) -> Iterator[str]:
-    """Continue a text, or answer in a chat; ``"".join(generate(…))`` is the whole.
+    """Continue a text, or answer in a chat; ``"".join(generate(…))`` is the whole text.
 
-    It ends at the model's end token, at a stop string, or after ``max_new_tokens``. The keys and values of the text so
-    far are kept, so that each step runs one token.
+    The text ends at the model's end token, at a stop string, or after ``max_new_tokens``. The keys and values of the
+    text so far are cached, so that each step runs one token.
 
     Args:
         model: a causal language model, with or without an adapter.
-        tokenizer: as ``load_language_model`` gives it.
+        tokenizer: its tokenizer, from ``load_language_model``.
         prompt: the text, its token ids, or the turns of a chat.
-        max_new_tokens: at most so many.
-        temperature: the logits are divided by it before a token is drawn; 0 always takes the most probable one.
+        max_new_tokens: the largest number of tokens to generate.
+        temperature: the logits are divided by it before a token is drawn; 0 always takes the most probable token.
         stop: strings that end the text; they are not part of it.
-        seed: of the draws; the global chance stays as it was.
+        seed: seed of the draws; the global random state is left unchanged.
 
     Returns:
-        An iterator of pieces of text, each as soon as it is certain. No character is cut: one of several tokens comes
-        when it is whole, and not at all if the tokens run out before.
+        An iterator over pieces of text, each given as soon as it is certain. A character of several tokens is given
+        when it is complete, and left out if it is not complete at the end.
 
     Raises:
-        ValueError: a number out of range, an empty stop string, no chat template, or a prompt that with the new tokens
-            is longer than the model's window.
+        ValueError: a number is out of range, a stop string is empty, the tokenizer has no chat template, or the prompt
+            and the new tokens are longer than the model's window.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: give 1 or more.")
     if temperature < 0:
-        raise ValueError(f"The temperature is {temperature}: give 0 for the most probable token, or more to draw.")
+        raise ValueError(f"The temperature is {temperature}: give 0 for the most probable token, or more to draw one.")
     if isinstance(stop, str) or "" in stop:
         raise ValueError(f"stop is {stop!r}: give a list of strings, none of them empty.")
     require_language_model(model)
@@ -74,12 +74,15 @@ def next_tokens(
     *,
     temperature: float = 1.0,
 ) -> pd.DataFrame:
-    """The k most probable next tokens: columns ``token`` (its text), ``id`` and ``probability``, the highest first.
+    """List the k most probable next tokens.
 
     Args:
         model, tokenizer, prompt: as for ``generate``.
-        k: tokens to name.
+        k: number of tokens.
         temperature: the logits are divided by it; above 0.
+
+    Returns:
+        A table with the columns ``token`` (its text), ``id`` and ``probability``, the most probable token first.
 
     Raises:
         ValueError: as for ``generate``.
@@ -108,27 +111,27 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 
 
 def _take_tokens(
-    model: PreTrainedModel | PeftModel, ids: list[int], most: int, temperature: float, chance: torch.Generator
+    model: PreTrainedModel | PeftModel, ids: list[int], limit: int, temperature: float, generator: torch.Generator
 ) -> Iterator[int]:
-    """The loop itself: the logits of the next token, a token, and again with that token at the end."""
+    """Choose a token from the logits of the next one, append it, and repeat; ``limit`` tokens at most."""
     cache = DynamicCache(config=model.config) if takes_cache(model) else None
-    for _ in range(most):
+    for _ in range(limit):
         logits = _next_logits(model, ids, cache)
         if temperature == 0:
             token = int(logits.argmax())
         else:
-            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=chance))
+            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
         yield token
         ids = [*ids, token]
 
 
 def _next_logits(model: PreTrainedModel | PeftModel, ids: list[int], cache: DynamicCache | None) -> Tensor:
-    """What may follow the tokens: float64 logits, shape (V,), on the CPU, where a seed draws the same everywhere.
+    """Logits of the token after ``ids``, float64 of shape (V,); on the CPU, so that a seed draws the same everywhere.
 
-    Only tokens that are not yet in the cache are run; without one, all.
+    Only the tokens that are not yet in the cache are run; without a cache, all of them.
     """
     mask = torch.ones(1, len(ids), dtype=torch.int64, device=model.device)
-    with eval_mode(model), torch.inference_mode():  # here, for a mode set around a yield would be the caller's too
+    with eval_mode(model), torch.inference_mode():  # set here: around the `yield` it would also affect the caller
         if cache is None:
             inputs = torch.tensor([ids], device=model.device)
             logits = next_token_logits(model, inputs, mask, mask.sum(1, keepdim=True) - 1)
@@ -148,12 +151,12 @@ def _make_text(
     ends: set[int | None],
     stop: Sequence[str],
 ) -> Iterator[str]:
-    """The tokens as pieces of text. What may still become a character or a stop string is held back."""
+    """Turn tokens into pieces of text; what may still become a character or a stop string is held back."""
 
     def decode(new: list[int]) -> str:
-        # behind the prompt, for some tokenizers drop the space in front of a text's first word
+        # decoded together with the prompt, because some tokenizers drop the space before a text's first word
         text = tokenizer.decode([*ids, *new], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.rstrip(CUT)
+        return text.rstrip(_CUT)
 
     start, given = len(decode([])), 0
     new: list[int] = []

@@ -11,37 +11,37 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 
 class SharedStart(DynamicLayer):
-    """The cache of one attention layer for a batch whose rows begin alike.
+    """The cache of one attention layer for a batch of rows with a shared start.
 
-    The beginning's keys and values are held once for all rows and all batches; each row's own stand behind them.
+    The keys and values of the shared start are held once for all rows and all batches, in front of each row's own.
 
     Args:
-        prefix: of one row, as a forward pass over the beginning leaves it.
+        start: the layer's cache after a forward pass over the shared start alone, for one row.
     """
 
-    def __init__(self, prefix: DynamicLayer) -> None:
+    def __init__(self, start: DynamicLayer) -> None:
         super().__init__()
-        self.prefix = prefix
+        self.start = start
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take in new keys and values, shape (B, heads, T, D); returns all of them, the beginning's in front."""
+        """Append new keys and values, shape (B, heads, T, D), and return all, those of the shared start first."""
         own = super().update(key_states, value_states)
-        if not self.prefix.get_seq_length():
+        if not self.start.get_seq_length():
             return own
-        shared = (self.prefix.keys, self.prefix.values)
+        shared = (self.start.keys, self.start.values)
         return tuple(
             torch.cat([front.expand(len(back), -1, -1, -1), back], dim=-2)
             for front, back in zip(shared, own, strict=True)
         )
 
     def get_seq_length(self) -> int:
-        return self.prefix.get_seq_length() + super().get_seq_length()
+        return self.start.get_seq_length() + super().get_seq_length()
 
 
 def takes_cache(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether a text can be run piece by piece, each piece with the keys and values of those before it.
+    """Whether a text can be run piece by piece, with the cached keys and values of the pieces before.
 
-    Not with a soft prompt, whose virtual tokens peft puts in front of each piece.
+    This does not work with a soft prompt, since peft puts its virtual tokens in front of each piece.
     """
     if isinstance(model, PeftModel):
         if model.active_peft_config.is_prompt_learning:
@@ -51,10 +51,10 @@ def takes_cache(model: PreTrainedModel | PeftModel) -> bool:
 
 
 def can_share_start(model: PreTrainedModel | PeftModel, num_tokens: int) -> bool:
-    """Whether the cache of a beginning can stand before many rows, of up to ``num_tokens`` in all, with equal results.
+    """Whether rows of up to ``num_tokens`` tokens can use the cache of their shared start without a change of results.
 
-    It can where keys and values of each token are all that a layer keeps of a text: not with a recurrent state, nor
-    beyond a sliding window.
+    They can if keys and values of each token are all that a layer keeps of a text: not if it has a recurrent state, or
+    a sliding window that is shorter than the rows.
     """
     if not takes_cache(model):
         return False
@@ -66,9 +66,9 @@ def can_share_start(model: PreTrainedModel | PeftModel, num_tokens: int) -> bool
 
 
 def run_shared_start(model: PreTrainedModel | PeftModel, ids: list[int]) -> list[DynamicLayer]:
-    """The keys and values that each layer computes for the beginning of a text."""
+    """Compute the keys and values of each layer for the shared start; empty caches if it has no tokens."""
     cache = DynamicCache(config=model.config)
-    if ids:  # else it is empty
+    if ids:
         inputs = {"input_ids": torch.tensor([ids], device=model.device), "logits_to_keep": 1}
         model(**inputs, past_key_values=cache, use_cache=True)
     return cache.layers

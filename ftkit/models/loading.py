@@ -1,4 +1,4 @@
-"""Classifiers and language models, loaded from an asset, a folder or the hub, and saved."""
+"""Classifiers and language models: loaded from an asset, a folder or the hub, and saved."""
 
 import contextlib
 import logging
@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ftkit.data.assets import registry
-from ftkit.errors import ModelError
+from ftkit.errors import ModelError, first_line
 from ftkit.models.device import choose_device
 from ftkit.models.modules import seeded
 
@@ -39,158 +39,175 @@ def load_classifier(
 
     Args:
         name_or_path: an asset ("minilm"), a folder that ``save`` or ``save_pretrained`` wrote, or a hub id.
-        labels: the number of classes, or their names in order, no two alike.
+        labels: the number of classes, or their names in order, all different.
         pretrained: False gives the same architecture with random weights, for training from scratch.
-        dropout: probability, in [0, 1), for every dropout layer of the network; None leaves the checkpoint's.
-        seed: of the weights that are not in the checkpoint (the head; everything, from scratch).
+        dropout: probability in [0, 1) for every dropout layer of the network; None keeps the checkpoint's.
+        seed: seed of the weights that are not in the checkpoint (the head, or all of them from scratch).
 
     Returns:
-        The model in float32 on the device that ``choose_device`` names, in eval mode, and the tokenizer.
+        The model in float32, in eval mode and on the device from ``choose_device``, and the tokenizer.
 
     Raises:
-        ModelError: no such model, or it can't classify text.
+        ModelError: the model does not exist, or cannot classify text.
     """
     names = [f"class {i}" for i in range(labels)] if isinstance(labels, int) else [str(label) for label in labels]
     if len(set(names)) < max(len(names), 2):
         raise ModelError(f"A classifier needs 2 or more different labels, not {names}: check the label column.")
-    _check_dropout(dropout)
-    source, options, advice = _locate(name_or_path)
-    with _plain_errors(name_or_path, advice), _quiet(), seeded(seed):
+    check_dropout(dropout)
+    source, options, advice = locate_model(name_or_path)
+    with as_model_error(name_or_path, advice), quiet_transformers(), seeded(seed):
         config = AutoConfig.from_pretrained(source, **options)
         old_names = list(config.id2label.values())
         name_classes(config, names)
         if dropout is not None:
-            _set_dropout(config, dropout)
+            set_dropout(config, dropout)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if pretrained:
-            how = {"config": config, "dtype": torch.float32, "output_loading_info": True}
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                source, ignore_mismatched_sizes=True, **how, **options
+                source,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
             )
         else:
             model, info = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32), None
     if info is not None:
-        _say_what_is_new(model, info, name_or_path, old_names)
-    return _ready(model, tokenizer, name_or_path)
+        _report_weights(model, info, name_or_path, old_names)
+    return finish_loading(model, tokenizer, name_or_path)
 
 
 def load_language_model(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
-    The weights of a folder are mapped, not read: a page comes into memory when it is first used, once.
+    Weights in a folder are memory-mapped: a page is read into memory when it is first used.
 
     Args:
         name_or_path: an asset ("smollm2"), a folder that ``save`` or ``save_pretrained`` wrote, or a hub id.
 
     Returns:
-        The model in float32 on the device that ``choose_device`` names, in eval mode, and the tokenizer, which pads on
-        the right and knows the model's window as its ``model_max_length``.
+        The model in float32, in eval mode and on the device from ``choose_device``, and the tokenizer, which pads on
+        the right and has the model's window as its ``model_max_length``.
 
     Raises:
-        ModelError: no such model, or none that predicts the next token.
+        ModelError: the model does not exist, or does not predict the next token.
     """
-    source, options, advice = _locate(name_or_path)
-    with _plain_errors(name_or_path, advice), _quiet():
+    source, options, advice = locate_model(name_or_path)
+    with as_model_error(name_or_path, advice), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, **options
         )
     masked = any(name.endswith("ForMaskedLM") for name in model.config.architectures or [])
-    if info["missing_keys"] or info["mismatched_keys"] or masked:  # BERT would load, and see the word it is to predict
+    if info["missing_keys"] or info["mismatched_keys"] or masked:  # BERT would load, but see the word it has to predict
         raise ModelError(
             f"The model {str(name_or_path)!r} ({', '.join(model.config.architectures or ['unknown'])}) was not trained "
-            "to predict the next token: use smollm2, or a causal language model of the hub."
+            "to predict the next token: use smollm2, or a causal language model from the hub."
         )
     tokenizer.padding_side = "right"
     window = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     tokenizer.model_max_length = min(tokenizer.model_max_length, window or tokenizer.model_max_length)
-    return _ready(model, tokenizer, name_or_path)
+    return finish_loading(model, tokenizer, name_or_path)
 
 
-def _ready(
+def finish_loading(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str | Path
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Refuse what can't read or pad a text; then the model on its device and in eval mode, and the tokenizer."""
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up, which knows no word
-        raise ModelError(f"The model {str(name)!r} has no tokenizer: save the one it was trained with beside it.")
+    """Check that the tokenizer has words and can pad, and put the model on its device and into eval mode.
+
+    Raises:
+        ModelError: there is no tokenizer, or it cannot pad.
+    """
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # if there is none, transformers makes one without words
+        raise ModelError(f"The model {str(name)!r} has no tokenizer: save the one it was trained with in its folder.")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if model.config.pad_token_id is None:  # GPT-like models: they classify from the last token that is no padding
+    if model.config.pad_token_id is None:  # GPT-like models classify from the last token before the padding
         model.config.pad_token_id = tokenizer.pad_token_id
     if model.config.pad_token_id is None:
         raise ModelError(
-            f"The tokenizer of {str(name)!r} can't pad a batch: set its pad_token and save it beside the model."
+            f"The tokenizer of {str(name)!r} can't pad a batch: set its pad_token and save it in the model's folder."
         )
     return model.to(choose_device().device).eval(), tokenizer
 
 
 def class_names(config: PreTrainedConfig) -> list[str]:
-    """The names of a classifier's classes, in order."""
+    """Names of a classifier's classes, in order."""
     return [config.id2label[i] for i in range(config.num_labels)]
 
 
 def name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:
-    """Give a classifier as many classes as there are names, called so."""
+    """Set the number and the names of a classifier's classes."""
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
-    """Save model, head and tokenizer so that plain transformers, or the function that loaded them, loads them.
+    """Save model, head and tokenizer; plain transformers, or the function that loaded them, can load them again.
 
     Args:
-        folder: made if need be; what it holds of an earlier save is replaced.
+        model: a classifier or a language model.
+        tokenizer: its tokenizer.
+        folder: created if it does not exist; files of an earlier save are replaced.
 
     Returns:
         The folder.
 
     Raises:
-        OSError: the folder can't be made or written.
+        OSError: the folder cannot be created or written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)  # transformers would merely log that it can't
-    with _quiet():
+    folder.mkdir(parents=True, exist_ok=True)  # transformers would only log a failure
+    with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
 
 
 def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load what ``save`` wrote: the same head, the same label names, identical logits.
+    """Load a classifier that ``save`` wrote, with the same head, label names and logits.
 
     Raises:
-        ModelError: the folder does not hold a saved classifier.
+        ModelError: the folder does not contain a saved classifier.
     """
-    folder = Path(folder).absolute()  # a folder may be called as an asset is
+    folder = Path(folder).absolute()  # a folder may have the name of an asset
     if not (folder / "config.json").is_file():
         raise ModelError(f"There is no saved model in {str(folder)!r}: give the folder that save() returned.")
-    source, options, advice = _locate(folder)
-    with _plain_errors(folder, advice), _quiet():
+    source, options, advice = locate_model(folder)
+    with as_model_error(folder, advice), quiet_transformers():
         config = AutoConfig.from_pretrained(source, **options)
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
-        raise ModelError(f"The model in {str(folder)!r} has no classification head: use load_classifier to add one.")
+        raise ModelError(f"The model in {str(folder)!r} has no classification head: add one with load_classifier.")
     return load_classifier(folder, class_names(config))
 
 
-def _locate(
+def locate_model(
     name_or_path: str | Path,
     kinds: Sequence[str] = ("text-encoder", "language-model"),
     what: str = "a text model",
     example: str = "minilm",
 ) -> tuple[str, dict[str, bool], str]:
-    """Where from_pretrained finds a model, the options it needs, and what to do if it can't load what is there.
+    """Find a model among the assets, in a folder or on the hub.
 
-    An asset must be of one of these kinds, which together are called what; the advice names the example.
+    Args:
+        name_or_path: an asset, a folder or a hub id.
+        kinds: the kinds of asset to accept.
+        what: what these kinds are called in a message.
+        example: a model to suggest in a message.
+
+    Returns:
+        The source and the options for ``from_pretrained``, and what to do if it cannot load the model.
+
+    Raises:
+        ModelError: the model does not exist, or is an asset of another kind.
     """
-    # False, for with None transformers asks the reader, and a "y" runs code that came with the model
+    # with None, transformers asks the reader, whose "y" would run code that comes with the model
     local = {"local_files_only": True, "trust_remote_code": False}
     if str(name_or_path) in registry.names():
         asset = registry.get(str(name_or_path))
         if asset.kind not in kinds:
             raise ModelError(f"The asset {asset.name!r} is of kind {asset.kind!r}, not {what}: use {example}.")
-        return (
-            str(registry.fetch(asset.name)),
-            local,
-            f"set FTKIT_CACHE to a new folder and run `ftkit fetch {asset.name}`",
-        )
+        advice = f"set FTKIT_CACHE to a new folder and run `ftkit fetch {asset.name}`"
+        return str(registry.fetch(asset.name)), local, advice
     if Path(name_or_path).is_dir():
         return str(name_or_path), local, f"give a folder that save() wrote, or a model like {example}"
     if isinstance(name_or_path, Path) or str(name_or_path).count("/") != 1:
@@ -201,24 +218,29 @@ def _locate(
     if registry.offline():
         return name, local, f"FTKIT_OFFLINE is set: unset it, or use one like {example}"
     try:
-        HfApi().model_info(name, timeout=10)  # asked once: from_pretrained retries for half a minute, on stderr
+        HfApi().model_info(name, timeout=10)  # once: from_pretrained retries for half a minute, on stderr
     except (RepositoryNotFoundError, HFValidationError):
         raise ModelError(
             f"The hub shows no model {name!r}: check the name, log in with `hf auth login` if it is not public, "
             f"or use one like {example}."
         ) from None
-    except (OSError, httpx2.HTTPError) as error:  # what was downloaded before still loads
+    except (OSError, httpx2.HTTPError) as error:  # a model in the cache still loads
         return name, local, f"the hub did not answer ({error}): check the network, or use one like {example}"
-    return name, local | {"local_files_only": False}, f"choose another one, or one like {example}"
+    return name, local | {"local_files_only": False}, f"choose another model, or one like {example}"
 
 
-def _check_dropout(dropout: float | None) -> None:
+def check_dropout(dropout: float | None) -> None:
+    """Refuse a dropout outside [0, 1).
+
+    Raises:
+        ModelError: the dropout is not a probability in [0, 1).
+    """
     if dropout is not None and not 0 <= dropout < 1:
-        raise ModelError(f"A dropout of {dropout} is no probability in [0, 1): try 0.1, or 0 for none.")
+        raise ModelError(f"The dropout is {dropout}, not a probability in [0, 1): try 0.1, or 0 for none.")
 
 
-def _set_dropout(config: object, dropout: float) -> None:
-    """Set every dropout probability a config has; their names differ from family to family."""
+def set_dropout(config: PreTrainedConfig, dropout: float) -> None:
+    """Set every dropout probability of a config; their names differ between model families."""
     for name, value in vars(config).items():
         if (
             "drop" in name
@@ -229,10 +251,10 @@ def _set_dropout(config: object, dropout: float) -> None:
             setattr(config, name, float(dropout))
 
 
-def _say_what_is_new(model: PreTrainedModel, info: dict[str, object], name: str | Path, old_names: list[str]) -> None:
-    """Name weights below the head that the checkpoint lacks, and say what became of a head that it has.
+def _report_weights(model: PreTrainedModel, info: dict[str, object], name: str | Path, old_names: list[str]) -> None:
+    """Print which weights below the head are missing in the checkpoint, and what happened to the checkpoint's head.
 
-    That a head is new where there was none goes without saying.
+    A new head is not mentioned if the checkpoint has none.
     """
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     new = sorted({*info["missing_keys"], *mismatched})
@@ -242,24 +264,28 @@ def _say_what_is_new(model: PreTrainedModel, info: dict[str, object], name: str 
         print(f"{name}: {len(body)} weights below the head are not in the checkpoint and start at random: {some}")
     names = class_names(model.config)
     if mismatched - {*body}:
-        print(f"{name}: its head is for {len(old_names)} classes, not {len(names)}: a new one takes its place")
+        print(f"{name}: its head is for {len(old_names)} classes, not {len(names)}: a new one replaces it")
     elif len(new) == len(body) and names != old_names:
         print(f"{name}: its head is kept, its classes {old_names} are now called {names}")
 
 
 @contextlib.contextmanager
-def _plain_errors(name: str | Path, advice: str) -> Iterator[None]:
-    """Turn what from_pretrained raises into one line."""
+def as_model_error(name: str | Path, advice: str) -> Iterator[None]:
+    """Turn an error of ``from_pretrained`` into a ``ModelError`` of one line.
+
+    Args:
+        name: the model, as the reader gave it.
+        advice: what to do, from ``locate_model``.
+    """
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"The model {str(name)!r} can't be loaded ({first}): {advice}.") from error
+        raise ModelError(f"The model {str(name)!r} can't be loaded ({first_line(error)}): {advice}.") from error
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' load reports and bars out of a notebook; what matters in them we say ourselves."""
+def quiet_transformers() -> Iterator[None]:
+    """Keep the load reports and progress bars of transformers out of a notebook."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()

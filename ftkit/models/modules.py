@@ -1,6 +1,5 @@
-"""Helpers for any module: train and eval mode, number of parameters, a seed; copies, means and distances of weights."""
+"""Helpers for any PyTorch module: parameter counts, seeds, train and eval mode; weight copies, means and distances."""
 
-import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -8,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 
-def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Count parameters, shared ones once: those that training changes, and all."""
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Count the parameters that train, and all parameters; shared ones count once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-@contextlib.contextmanager
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw new weights from this seed and leave the global chance as it was."""
+    """Draw new weights from this seed and leave the global random state unchanged."""
     with torch.random.fork_rng(devices=[]):  # new weights are drawn on the CPU
         torch.default_generator.manual_seed(seed)
         yield
@@ -24,7 +23,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run the model in eval mode; afterwards each module is as it was, for frozen ones may differ from the rest."""
+    """Run the model in eval mode, then restore the mode of each module; frozen modules may differ from the others."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -35,7 +34,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def train_mode(model: nn.Module) -> None:
-    """Train mode, but eval mode where all parameters are frozen: dropout and running statistics are still there."""
+    """Set train mode, but eval mode for modules with frozen parameters only: no dropout, no new running statistics."""
     model.train()
     for module in model.modules():
         parameters = list(module.parameters())
@@ -44,7 +43,7 @@ def train_mode(model: nn.Module) -> None:
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter, by name."""
+    """Copy every parameter, by name."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
@@ -56,12 +55,15 @@ def average_weights(
 
     Args:
         model: changed in place.
-        old: from ``snapshot``, of this model before it was trained.
-        share: of the old weights, in [0, 1]: with 0 the model stays as it is, with 1 it is the old one.
-        skip: names of parameters to leave, as those of a new head, whose old weights know nothing.
+        old: a ``snapshot`` of this model before it was trained.
+        share: share of the old weights in [0, 1]; 0 leaves the model unchanged, 1 restores the old weights.
+        skip: names of parameters to leave unchanged, for example those of a head that was new before training.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: a share outside [0, 1].
+        ValueError: the share is outside [0, 1].
     """
     if not 0 <= share <= 1:
         raise ValueError(f"The share of the old weights is {share!r}: give a number in [0, 1].")
@@ -73,6 +75,6 @@ def average_weights(
 
 @torch.no_grad()
 def weight_distance(model: nn.Module, old: Mapping[str, Tensor]) -> float:
-    """Euclidean distance of the model's weights from old ones, over the parameters named there."""
+    """Euclidean distance between the model's weights and old ones, over the parameters in ``old``."""
     squares = [(model.get_parameter(name) - weights).square().sum() for name, weights in old.items()]
     return float(torch.stack(squares).sum().sqrt())

@@ -1,4 +1,4 @@
-"""Language models as they are, and as they are tuned (lesson 04)."""
+"""Prompted language models: scoring, few-shot examples, soft prompts and supervised fine-tuning (lesson 04)."""
 
 import lazy_loader
 

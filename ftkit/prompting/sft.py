@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a language model, with the loss on completions only."""
+"""Supervised fine-tuning of a causal language model, with the loss on completions only."""
 
 from collections.abc import Sequence
 
@@ -15,68 +15,72 @@ from ftkit.training.batching import IGNORED
 def encode_completions(
     prompts: Sequence[str], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> datasets.Dataset:
-    """Tokenise prompts with their answers, so that the loss is on the answer and on the token that ends it.
+    """Tokenise prompts with their answers, so that the loss covers only the answer and the end token after it.
 
-    The label stands where it is predicted, one place before its token: the loop shifts nothing. What the model reads
-    ends before the last token of all, from which nothing is predicted.
+    A label stands at the position where it is predicted, one before its own token, so the loop does not shift labels.
+    The last token of all is only a label: nothing is predicted after it, so it is not part of the input.
 
     Args:
-        prompts: N texts, with all that stands before an answer.
-        answers: N texts, as they go on: where the prompt ends without a space, the answer begins with one.
-        tokenizer: of the model that will learn them, with a token that ends a text.
+        prompts: N texts that stand before the answers.
+        answers: N texts that continue the prompts; if a prompt ends without a space, its answer begins with one.
+        tokenizer: tokenizer of the model to train, with an end token (``eos_token``).
 
     Returns:
-        N rows: `input_ids`; `attention_mask`; `answer_mask`, true where the next token is one of the answer; `labels`,
-        the next token there, and IGNORED (-100) elsewhere.
+        A dataset of N rows with ``input_ids``; ``attention_mask``; ``answer_mask``, True where the next token belongs
+        to the answer; and ``labels``, the next token at these positions and IGNORED (-100) elsewhere.
 
     Raises:
-        DataError: not an answer for each prompt, a prompt without a token, an answer that begins inside of the
-            prompt's last token, a text longer than the tokenizer's limit, a tokenizer without an end token.
+        DataError: there are not as many answers as prompts, a prompt has no token, an answer begins inside the last
+            token of its prompt, a text is longer than the tokenizer's limit, or the tokenizer has no end token.
     """
     if len(prompts) != len(answers):
-        raise DataError(f"There are {len(prompts):,} prompts and {len(answers):,} answers: give an answer for each.")
+        raise DataError(
+            f"There are {len(prompts):,} prompts and {len(answers):,} answers: give one answer for each prompt."
+        )
     end = tokenizer.eos_token_id
     if end is None:
-        raise DataError("The tokenizer has no token that ends a text, eos_token: set it, or no answer would ever end.")
+        raise DataError("The tokenizer has no end token: set tokenizer.eos_token, so that answers can end.")
     rows = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         start, ids = (tokenizer(text, verbose=False)["input_ids"] for text in (prompt, prompt + answer))
         if not start or ids[: len(start)] != start:
             raise DataError(
-                f"Pair {i} has no border between tokens where its answer {answer[:20]!r} begins: end the prompt "
-                "without a space and begin the answer with one."
+                f"In pair {i}, no token begins where the answer {answer[:20]!r} begins: end the prompt without a space "
+                "and begin the answer with one."
             )
         if len(ids) > tokenizer.model_max_length:
             raise DataError(
-                f"Pair {i} has {len(ids):,} tokens, and the model reads {tokenizer.model_max_length:,}: shorten it."
+                f"Pair {i} has {len(ids):,} tokens, more than the model's limit of {tokenizer.model_max_length:,}: "
+                "shorten it."
             )
-        answered = [*ids[len(start) :], end]
+        targets = [*ids[len(start) :], end]
         before = len(start) - 1
         rows.append(
             {
                 "input_ids": ids,
                 "attention_mask": [1] * len(ids),
-                "answer_mask": [False] * before + [True] * len(answered),
-                "labels": [IGNORED] * before + answered,
+                "answer_mask": [False] * before + [True] * len(targets),
+                "labels": [IGNORED] * before + targets,
             }
         )
     return datasets.Dataset.from_list(rows)
 
 
 class CompletionModel(nn.Module):
-    """A causal language model as ``fit`` trains it on the rows of ``encode_completions``; all that it lets train does.
+    """A causal language model that ``fit`` trains on the rows of ``encode_completions``.
 
-    Only the places where a token of an answer is predicted go through the output layer, the largest of all.
+    Training changes whatever is trainable in the language model. Only the positions where a token of the answer is
+    predicted go through the output layer, the largest layer of all.
 
     Args:
         lm: a causal language model, or a peft model around one; it is shared, not copied.
 
     Attributes:
-        lm: as given: what to save, and to generate with, is ``model.lm``.
-        config: the language model's.
+        lm: the language model as given; save ``model.lm``, and generate with it.
+        config: the language model's config.
 
     Raises:
-        ValueError: no causal language model.
+        ValueError: ``lm`` is not a causal language model.
     """
 
     def __init__(self, lm: nn.Module) -> None:
@@ -85,5 +89,13 @@ class CompletionModel(nn.Module):
         self.lm, self.config = lm, lm.config
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor) -> CausalLMOutput:
-        """Logits (N, V) of the N tokens of the answers of a batch, row by row; all arguments have shape (B, T)."""
+        """Predict the answers of a batch.
+
+        Args:
+            input_ids, attention_mask: B rows padded at the end, shape (B, T).
+            answer_mask: True where a token of the answer is predicted, shape (B, T).
+
+        Returns:
+            The logits of the N answer tokens of the batch, row by row, shape (N, V).
+        """
         return CausalLMOutput(logits=next_token_logits(self.lm, input_ids, attention_mask, answer_mask))

@@ -1,4 +1,4 @@
-"""Templates and verbalizers, and the prompts that they make of rows."""
+"""Templates and verbalizers, and the prompts made from them."""
 
 import string
 from collections.abc import Mapping, Sequence
@@ -10,29 +10,27 @@ import datasets
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from ftkit.errors import PromptError, nearest
+from ftkit.errors import PromptError, did_you_mean
 from ftkit.models.causal_lm import chat_text, require_window, token_ids
 
 Row = Mapping[str, Any]
 
-Words = list[list[tuple[int, ...]]]  # for each label, for each of its words, the token ids that follow the prompt
-
-CONTENT_FREE = ("N/A", "", "[MASK]")  # Zhao et al. (2021)
+Words = Sequence[Sequence[tuple[int, ...]]]  # for each label and each of its words, the token ids after the prompt
 
 
 @dataclass(frozen=True)
 class Template:
-    """The text of a prompt, with the columns of a row as named fields: ``Template("{text}\\nSentiment:")``.
+    """The text of a prompt, with column names as fields in braces: ``Template("{text}\\nSentiment:")``.
 
-    Only the template is read for braces, so that a row's own text may hold any; a literal brace is written twice.
+    Only braces in the template mark fields; the texts of the rows may contain braces. Write a literal brace twice.
 
     Attributes:
-        text: ends where the label's word follows; with ``chat`` it is the user's turn.
-        separator: between an example, its word included, and the next.
-        chat: whether the tokenizer's chat template is put around it, the examples as earlier turns.
+        text: the text of the prompt; the label's word follows at its end. With ``chat`` it is the user's turn.
+        separator: the text between two examples, and between the last example and the row.
+        chat: whether to use the tokenizer's chat template, with the examples as earlier turns.
 
     Raises:
-        PromptError: unbalanced braces, no field, or a field with an index, a conversion or a format.
+        PromptError: the braces are unbalanced, there is no field, or a field has an index, a conversion or a format.
     """
 
     text: str
@@ -45,40 +43,40 @@ class Template:
 
     @cached_property
     def _pieces(self) -> list[tuple[str, str | None]]:
-        """Literal texts, each with the field that follows it."""
+        """Literal texts, each with the name of the field that follows it."""
         try:
             parsed = list(string.Formatter().parse(self.text))
         except ValueError as error:
             raise PromptError(
-                f"The template {self.text!r} can't be read ({error}): write a literal brace twice."
+                f"The template {self.text!r} cannot be parsed ({error}): write a literal brace twice."
             ) from None
         for _, field, form, conversion in parsed:
             if form or conversion or (field is not None and (not field or set(field) & set(".[]"))):
                 raise PromptError(
-                    f"The template {self.text!r} has a field that is not just the name of a column: write {{text}}."
+                    f"The template {self.text!r} has a field that is not just a column name: write it as in {{text}}."
                 )
         return [(literal, field) for literal, field, _, _ in parsed]
 
     @property
     def fields(self) -> list[str]:
-        """The columns it names, each once, in order."""
+        """Names of the columns used, each once, in order."""
         return list(dict.fromkeys(field for _, field in self._pieces if field is not None))
 
     def render(self, row: Row) -> str:
-        """The text with a row's values in it.
+        """Fill in the values of a row.
 
         Raises:
-            PromptError: the row lacks a column or its value.
+            PromptError: the row lacks a column, or the value of a column is None.
         """
         for field in self.fields:
             if field not in row:
                 raise PromptError(
-                    f"The row has no column {field!r}, only {', '.join(row)}: did you mean {nearest(field, row)!r}?"
+                    f"The row has no column {field!r}, only {', '.join(row)}: {did_you_mean(field, row)}"
                     if row
                     else f"The row is empty and has no column {field!r}: give rows with the template's columns."
                 )
             if row[field] is None:
-                raise PromptError(f"The column {field!r} has no value in a row: drop that row, or give it a text.")
+                raise PromptError(f"The column {field!r} has no value in a row: drop that row or fill in a text.")
         return "".join(text + ("" if field is None else str(row[field])) for text, field in self._pieces)
 
 
@@ -87,12 +85,12 @@ class Verbalizer:
     """The words that stand for the labels (Schick and Schütze, 2021).
 
     Attributes:
-        words: by label, in the order of the classes, one word or several. A word is any text, of one or many tokens,
-            and starts with a space after a template that ends without one: ``{"bad": " bad", "good": " good"}``.
-        length_normalised: whether a word's score is the mean of its tokens' log-probabilities, not their sum.
+        words: for each label, in the order of the classes, one word or several. A word is any text of one or more
+            tokens. If the template ends without a space, it starts with one: ``{"bad": " bad", "good": " good"}``.
+        length_normalised: whether the score of a word is the mean of its tokens' log-probabilities, not their sum.
 
     Raises:
-        PromptError: fewer than two labels, a label without a word, an empty word, or a word of two labels.
+        PromptError: there are fewer than two labels, a label has no word or an empty one, or a word appears twice.
     """
 
     words: Mapping[str, str | Sequence[str]]
@@ -100,28 +98,28 @@ class Verbalizer:
 
     def __post_init__(self) -> None:
         if len(self.words) < 2:
-            raise PromptError(f"A verbalizer needs two or more labels, not {self.labels}: give a word for each class.")
+            raise PromptError(f"A verbalizer needs two or more labels, not {self.labels}: add a word for each class.")
         for label, words in self.by_label.items():
             if not words or "" in words:
-                raise PromptError(f"The label {label!r} has no word, or an empty one: give it a word.")
+                raise PromptError(f"The label {label!r} has no word, or an empty one: give it at least one word.")
         every = [word for words in self.by_label.values() for word in words]
         if twice := [word for word in every if every.count(word) > 1]:
             raise PromptError(
-                f"The word {twice[0]!r} stands in the verbalizer twice: give each label words of its own."
+                f"The word {twice[0]!r} appears twice in the verbalizer: give each label words of its own."
             )
 
     @property
     def labels(self) -> list[str]:
-        """The labels in the order of the classes."""
+        """Labels in the order of the classes."""
         return list(self.words)
 
     @property
     def by_label(self) -> dict[str, list[str]]:
-        """Each label's words, as a list."""
+        """The words of each label, always as a list."""
         return {label: [words] if isinstance(words, str) else list(words) for label, words in self.words.items()}
 
     def index(self, label: int | str) -> int:
-        """The class number of a label.
+        """Look up the class number of a label, given by name or by number.
 
         Raises:
             PromptError: there is no such label.
@@ -130,7 +128,7 @@ class Verbalizer:
         number = numbers.get(label) if isinstance(label, str) else int(label)
         if number not in range(len(numbers)):
             raise PromptError(
-                f"The verbalizer has no word for the label {label!r}, only for {', '.join(numbers)}: give it one."
+                f"The verbalizer has no word for the label {label!r}, only for {', '.join(numbers)}: add one."
             )
         return number
 
@@ -143,41 +141,43 @@ def encode_prompts(
     *,
     examples: Sequence[Row] | Sequence[Sequence[Row]] = (),
 ) -> tuple[datasets.Dataset, Words]:
-    """Make each row's prompt, zero-shot or with examples, and find the tokens of the labels' words after it.
+    """Make a prompt for each row, with or without examples, and encode the labels' words that follow it.
 
-    The tokens are those of prompt and word together: a tokenizer may split a word in another way when it is alone.
+    Prompt and word are tokenised together, because a tokenizer may split a word differently when it stands alone.
 
     Args:
-        rows: with the template's columns, and in ``label`` the number or name of the class, if it is known.
-        template, verbalizer: see there; the labels are those of the data, in the data's order.
-        tokenizer: of the model that will read the prompts, as ``load_language_model`` gives it.
-        examples: labelled rows to stand before each row, each with the first word of its label; the same ones for all
-            rows, or for each row a list of its own.
+        rows: N rows with the template's columns and, if known, the number or name of the class in ``label``.
+        template: the template of the prompts.
+        verbalizer: the words of the labels; its labels are the classes of the data, in the same order.
+        tokenizer: tokenizer of the model that will read the prompts, from ``load_language_model``.
+        examples: labelled rows to put before each row, each with the first word of its label: either one list for all
+            rows, or a list of N lists, one for each row.
 
     Returns:
-        Rows for a model, in order, with ``input_ids``, ``attention_mask`` and, where rows have labels, ``labels``;
+        A dataset of N rows, in order, with ``input_ids``, ``attention_mask`` and, if all rows have labels, ``labels``;
         and the token ids of the words.
 
     Raises:
-        PromptError: a column that is missing, labels that are not the data's, a text that holds a special token, a word
-            that melts into the prompt or reads as another one does, or a prompt longer than the model's window.
+        PromptError: a column is missing, the labels are not those of the data, a text contains a special token, a word
+            merges with the end of a prompt or has the same tokens as another word, or a prompt is longer than the
+            model's window.
     """
     if not len(rows):
-        raise PromptError("There are no rows to make prompts of: give at least one.")
+        raise PromptError("There are no rows to make prompts from: give at least one.")
     class_label = getattr(rows, "features", {}).get("label")
     if isinstance(class_label, datasets.ClassLabel) and class_label.names != verbalizer.labels:
         raise PromptError(
             f"The verbalizer's labels {verbalizer.labels} are not the data's {class_label.names}: give words for the "
-            "data's, in their order."
+            "labels of the data, in the same order."
         )
     rows = list(rows)
-    each = [list(examples)] * len(rows) if not examples or isinstance(examples[0], Mapping) else list(examples)
-    if len(each) != len(rows):
-        raise PromptError(f"There are {len(each)} lists of examples for {len(rows)} rows: give one for each row.")
-    for row in [*rows, *(example for shots in each for example in shots)]:
-        _require_plain(row, template, tokenizer)
+    shots = [list(examples)] * len(rows) if not examples or isinstance(examples[0], Mapping) else list(examples)
+    if len(shots) != len(rows):
+        raise PromptError(f"There are {len(shots)} lists of examples for {len(rows)} rows: give one for each row.")
+    for row in [*rows, *(example for row_shots in shots for example in row_shots)]:
+        _refuse_special_tokens(row, template, tokenizer)
     words = _encode_words(rows, template, verbalizer, tokenizer)
-    texts = [_text(row, shots, template, verbalizer, tokenizer) for row, shots in zip(rows, each, strict=True)]
+    texts = [_fill(row, row_shots, template, verbalizer, tokenizer) for row, row_shots in zip(rows, shots, strict=True)]
     prompts = token_ids(tokenizer, texts, chat=template.chat)
     longest = max(len(ids) for label in words for ids in label)
     require_window(tokenizer, prompts, longest)
@@ -188,14 +188,16 @@ def encode_prompts(
 
 
 def token_table(words: Words, verbalizer: Verbalizer, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """Which tokens the model really sees: a row a word.
+    """Show the tokens that the model sees for each word.
 
     Args:
-        words: as ``encode_prompts`` gives them.
+        words: token ids of the words, from ``encode_prompts``.
+        verbalizer, tokenizer: those given to ``encode_prompts``.
 
     Returns:
-        Columns: ``label``, ``word``, ``pieces`` (the text of each token; "�" is a part of a character), ``ids``,
-        ``leading space`` (whether the first token has one in it) and ``tokens`` (more than one: the word is split).
+        A table with one row per word and the columns ``label``, ``word``, ``pieces`` (the text of each token; "�" is
+        part of a character), ``ids``, ``leading space`` (whether the first token includes a space) and ``tokens``
+        (their number; the word is split if it is more than 1).
     """
     table = []
     for (label, texts), encoded in zip(verbalizer.by_label.items(), words, strict=True):
@@ -214,25 +216,25 @@ def token_table(words: Words, verbalizer: Verbalizer, tokenizer: PreTrainedToken
 
 
 def content_free_rows(template: Template) -> list[dict[str, str]]:
-    """Rows that say nothing: "N/A", "" and "[MASK]" in every field (Zhao et al., 2021)."""
-    return [dict.fromkeys(template.fields, text) for text in CONTENT_FREE]
+    """Make rows without content, with "N/A", "" or "[MASK]" in every field (Zhao et al., 2021)."""
+    return [dict.fromkeys(template.fields, text) for text in ("N/A", "", "[MASK]")]
 
 
-def _require_plain(row: Row, template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a text that spells a special token: the model would take it for the end of a turn, say, not for text."""
+def _refuse_special_tokens(row: Row, template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a text that contains a special token, which the model would read as the end of a turn, for example."""
     for field in template.fields:
         for token in tokenizer.all_special_tokens:
             if token in str(row.get(field, "")):
                 raise PromptError(
-                    f"A text in the column {field!r} holds {token!r}, which to this model is a mark and no text: "
-                    "take it out."
+                    f"A text in the column {field!r} contains {token!r}, which is a special token of this model: "
+                    "remove it from the text."
                 )
 
 
-def _text(
+def _fill(
     row: Row, examples: Sequence[Row], template: Template, verbalizer: Verbalizer, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """The whole text of one row's prompt."""
+    """Write the whole prompt of one row, with its examples."""
     for example in examples:
         if "label" not in example:
             raise PromptError("An example has no column 'label': take the examples from labelled rows.")
@@ -248,9 +250,9 @@ def _text(
 def _encode_words(
     rows: Sequence[Row], template: Template, verbalizer: Verbalizer, tokenizer: PreTrainedTokenizerBase
 ) -> Words:
-    """The tokens that each word adds to a prompt; they must be the same for every row, and no two words alike."""
-    rows = rows[:1] if template.chat else rows  # a chat template ends every prompt alike
-    ends = [_text(row, (), template, verbalizer, tokenizer) for row in rows]  # what stands before does not matter
+    """Find the tokens that each word adds to a prompt: the same after every row, and different for each word."""
+    rows = rows[:1] if template.chat else rows  # a chat template gives all prompts the same end
+    ends = [_fill(row, (), template, verbalizer, tokenizer) for row in rows]  # examples do not change the end
     alone = token_ids(tokenizer, ends, chat=template.chat)
     seen: dict[tuple[int, ...], str] = {}
     encoded = []
@@ -262,13 +264,13 @@ def _encode_words(
             for number, (ids, prompt) in enumerate(zip(together, alone, strict=True)):
                 if ids[: len(prompt)] != prompt or added[number] != added[0] or not added[0]:
                     raise PromptError(
-                        f"The word {word!r} melts into the end of row {number}'s prompt, {ends[number][-20:]!r}: end "
-                        "the template with fixed text and without a space, and start the word with one."
+                        f"The word {word!r} merges with the end of row {number}'s prompt, {ends[number][-20:]!r}: end "
+                        "the template with fixed text and without a space, and start the word with a space."
                     )
             if added[0] in seen:
                 raise PromptError(
-                    f"The words {seen[added[0]]!r} and {word!r} are the same tokens {list(added[0])} to this model: "
-                    "give each label words of its own."
+                    f"The words {seen[added[0]]!r} and {word!r} have the same tokens {list(added[0])} in this model: "
+                    "choose other words."
                 )
             seen[added[0]] = word
             encoded[-1].append(added[0])

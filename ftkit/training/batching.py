@@ -10,23 +10,23 @@ from torch import nn
 
 from ftkit.errors import DataError
 
-IGNORED = -100  # as a label, in PyTorch and transformers: no class or token, it does not count
+IGNORED = -100  # the label that PyTorch and transformers leave out of the loss
 
-POOL_BATCHES = 50  # sorted together: enough to waste little padding, few enough to stay random in a large set
+_POOL_BATCHES = 50  # sorted together: enough to save padding, few enough to keep the order random
 
 
 def row_lengths(rows: Any) -> NDArray[np.int64]:
-    """Tokens of each row, by its ``input_ids`` or else its ``attention_mask``, shape (N,).
+    """Number of tokens of each row, from its ``input_ids`` or else its ``attention_mask``, shape (N,).
 
     Args:
-        rows: a datasets.Dataset or any sequence of dicts. Rows with neither column all have length 1;
-            rows that have ``lengths`` themselves, shape (N,), say it.
+        rows: a datasets.Dataset or any sequence of dicts. Without these columns every row has length 1; an
+            attribute ``lengths`` of the rows, shape (N,), takes precedence.
 
     Raises:
         ValueError: there are no rows.
     """
     if not len(rows):
-        raise ValueError("There are no rows to make batches of: ask for at least one row of this split.")
+        raise ValueError("There are no rows to make batches of: give at least one row in this split.")
     if hasattr(rows, "lengths"):
         return rows.lengths
     first = rows[0]
@@ -38,22 +38,23 @@ def row_lengths(rows: Any) -> NDArray[np.int64]:
 
 
 def training_batches(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """Cut one epoch into shuffled batches of similar length, each row in exactly one.
+    """Divide the rows of one epoch into batches of similar length, in random order.
 
-    The rows are shuffled, sorted by length within pools of ``POOL_BATCHES`` batches, cut, and the batches
-    shuffled. The order depends on seed and epoch alone, so that a resumed run meets the same batches.
+    The rows are shuffled, sorted by length within pools of 50 batches, and cut into batches, which are shuffled. The
+    order depends only on the seed and the epoch, so that a resumed run sees the same batches.
 
     Args:
-        lengths: tokens of each row, shape (N,).
-        batch_size: rows a batch; the last batch of the epoch's rows may be smaller.
-        seed, epoch: give the order.
+        lengths: number of tokens of each row, shape (N,).
+        batch_size: rows per batch; one batch may be smaller.
+        seed: random seed of the order.
+        epoch: number of the epoch; each has its own order.
 
     Returns:
-        Row numbers, an array a batch.
+        The row numbers of each batch; each row is in exactly one.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
-    pool = batch_size * POOL_BATCHES
+    pool = batch_size * _POOL_BATCHES
     batches = []
     for start in range(0, len(order), pool):
         rows = order[start : start + pool]
@@ -63,54 +64,54 @@ def training_batches(lengths: NDArray[np.int64], batch_size: int, seed: int, epo
 
 
 def evaluation_batches(lengths: NDArray[np.int64], batch_size: int) -> Iterator[NDArray[np.int64]]:
-    """Cut rows into batches, the longest first: what does not fit in memory fails at once."""
+    """Divide rows into batches, longest rows first, so that a lack of memory shows at once."""
     order = np.argsort(-lengths, kind="stable")
     return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
 
 
 def row_labels(rows: Any) -> list[Any]:
-    """The label of each row, its class; or its labels, a list, where each of its tokens has one."""
+    """The class of each row, or the list of its token labels."""
     column = rows["labels"] if hasattr(rows, "column_names") else (row["labels"] for row in rows)
     return [np.asarray(label).tolist() for label in column]
 
 
 def has_token_labels(rows: Any) -> bool:
-    """Whether a row has a list of labels, one a token, and no class."""
+    """Whether rows have a label for each token instead of one class."""
     return len(rows) > 0 and np.ndim(rows[0]["labels"]) > 0
 
 
 def make_batch(
     model: nn.Module, rows: Any, indices: NDArray[np.int64], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The rows of those numbers, padded to the longest of them, on the device.
+    """A batch of the rows with these numbers, padded to the longest of them, on the device.
 
     Args:
-        model: its config names the token that pads.
+        model: the padding token is taken from its config.
         rows: a datasets.Dataset or any sequence of dicts.
         indices: row numbers, shape (B,).
-        device: where the batch is wanted.
+        device: the device of the batch.
     """
     pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
     numbers = indices.tolist()
-    # a datasets.Dataset gives many rows in one call, far faster than one by one
+    # a datasets.Dataset reads many rows in one call much faster than one by one
     chosen = rows.__getitems__(numbers) if hasattr(rows, "__getitems__") else [rows[i] for i in numbers]
     batch = collate(chosen, {"input_ids": pad_token_id or 0, "labels": IGNORED})
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 def collate(rows: Sequence[Mapping[str, Any]], padding: Mapping[str, float]) -> dict[str, torch.Tensor]:
-    """One batch of rows: each column stacked, and padded at the end to the longest where the lengths differ.
+    """Stack the columns of several rows, padded at the end to the longest where their lengths differ.
 
     Args:
-        rows: of the same columns, each value a number, a list of numbers, an array or a CPU tensor; in a
-            column the shapes may differ in their first dimension only.
-        padding: the value to pad a column with, 0 for columns not named here.
+        rows: dicts with the same keys. A value is a number, a list of numbers, an array or a CPU tensor; within a
+            column the shapes may differ only in their first dimension.
+        padding: the padding value by column; 0 for the others.
 
     Returns:
-        For each column a tensor [rows, longest, …], int64, float32 or, of truth values, bool.
+        For each column a tensor of shape (B, longest, …): int64, float32 or bool.
 
     Raises:
-        DataError: a column that is no number, or whose shapes differ beyond the first dimension.
+        DataError: a column does not hold numbers, or its shapes differ beyond the first dimension.
     """
     return {key: _stack(key, [row[key] for row in rows], padding.get(key, 0)) for key in rows[0]}
 
@@ -122,9 +123,9 @@ def _stack(key: str, values: list[Any], padding: float) -> torch.Tensor:
     ]
     kinds = {array.dtype.kind for array in arrays if array.size}
     if not kinds <= set("biuf"):
-        raise DataError(f"column '{key}' does not hold numbers: leave it out of the rows")
+        raise DataError(f"The column {key!r} does not hold numbers: leave it out of the rows.")
     if len({array.shape[1:] for array in arrays}) > 1 or len({array.ndim for array in arrays}) > 1:
-        raise DataError(f"column '{key}' has values of different shapes: only the first dimension may differ")
+        raise DataError(f"The column {key!r} has shapes that differ: only the first dimension may.")
     dtype = np.float32 if "f" in kinds else np.bool_ if kinds == {"b"} else np.int64
     if arrays[0].ndim == 0:
         return torch.from_numpy(np.array(arrays, dtype=dtype))

@@ -15,7 +15,7 @@ from ftkit.training.state import TrainingRun
 
 
 class Callback:
-    """Is called by the loop; override what you need."""
+    """Base class: the loop calls these methods; override those that you need."""
 
     def on_start(self, run: TrainingRun) -> None:
         """Before the first step."""
@@ -24,20 +24,20 @@ class Callback:
         """After each optimiser step."""
 
     def on_epoch(self, run: TrainingRun) -> None:
-        """After each epoch and its validation."""
+        """After each epoch, when its validation is done."""
 
 
 class EarlyStopping(Callback):
-    """End a run whose validation has not improved for ``patience`` epochs (Prechelt, 1998)."""
+    """Stop when validation has not improved for ``patience`` epochs (Prechelt, 1998)."""
 
     def __init__(self, patience: int = 2) -> None:
         self.patience = patience
 
     def on_start(self, run: TrainingRun) -> None:
-        """Raises ValueError: there is no validation split to watch."""
+        """Raises ValueError: there is no validation split."""
         if "validation" not in run.data:
             raise ValueError("EarlyStopping watches the validation rows, and there are none: add data['validation'].")
-        self.on_epoch(run)  # a resumed run may have come to its end already
+        self.on_epoch(run)  # a resumed run may already be at its end
 
     def on_epoch(self, run: TrainingRun) -> None:
         best, epochs = run.history.best_epoch, len(run.history.epochs)
@@ -47,19 +47,20 @@ class EarlyStopping(Callback):
 class Checkpoint(Callback):
     """Write the whole state of the run to a file, and resume from it.
 
-    A run that is killed, at whatever moment, and started again with the same settings ends on the CPU with
-    bit-identical weights. Give it first, so that other callbacks meet the resumed run.
+    A run that is killed at any moment and started again with the same settings ends with bit-identical weights on the
+    CPU. Put it first in ``callbacks``, so that the others see the resumed run. It is one file, replaced in one move;
+    accelerate's ``save_state`` writes a folder of several, which a crash can leave half-written.
 
     Args:
-        path: the file; its folder is made. It is replaced in one move, so that a crash leaves the old one whole.
-        every: optimiser steps between two writes; the end of an epoch is always written.
+        path: the file; its folder is created.
+        every: optimiser steps between two writes; it is also written at the end of each epoch.
     """
 
     def __init__(self, path: str | Path, every: int = 100) -> None:
         self.path, self.every = Path(path), every
 
     def on_start(self, run: TrainingRun) -> None:
-        """Resume, if the file is there.
+        """Resume if the file exists.
 
         Raises:
             ValueError: it belongs to a run with other settings or rows.
@@ -71,13 +72,13 @@ class Checkpoint(Callback):
             if state["identity"].get(name) != value:
                 raise ValueError(
                     f"The checkpoint {self.path.name} is of a run with {name}={state['identity'].get(name)}, "
-                    f"this one has {value}: use another file, or delete it to start anew."
+                    f"but this run has {value}: use another file, or delete it to start again."
                 )
         run.model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.step, run.best_weights = state["step"], state["best_weights"]
         vars(run.history).update(state["history"])
-        _set_chance(state["chance"])
+        _set_random_state(state["random state"])
         print(f"Resumed at step {run.step} of {run.total_steps}.")
 
     def on_step(self, run: TrainingRun) -> None:
@@ -95,7 +96,7 @@ class Checkpoint(Callback):
             "step": run.step,
             "best_weights": run.best_weights,
             "history": asdict(run.history),
-            "chance": _chance(),
+            "random state": _random_state(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
@@ -115,8 +116,8 @@ class Checkpoint(Callback):
         return {**run.settings.model_dump(), "total_steps": run.total_steps, "training rows": digest[:12]}
 
 
-def _chance() -> dict[str, Any]:
-    """The state of every random generator that training draws from, in types that a safe load accepts."""
+def _random_state() -> dict[str, Any]:
+    """The state of every random generator that training uses, in types that torch.load accepts with weights_only."""
     kind, keys, *position = np.random.get_state()  # noqa: NPY002, the global generator that libraries use
     return {
         "torch": torch.get_rng_state(),
@@ -126,7 +127,7 @@ def _chance() -> dict[str, Any]:
     }
 
 
-def _set_chance(state: dict[str, Any]) -> None:
+def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -8,26 +8,26 @@ import pandas as pd
 from accelerate import PartialState
 from torch import nn
 
-from ftkit.errors import FreezingError, nearest
+from ftkit.errors import FreezingError, did_you_mean
 from ftkit.models.architecture import layer_groups
 from ftkit.training.callbacks import Callback
 from ftkit.training.state import TrainingRun
 
 
 def freeze(model: nn.Module, train: int | str | Sequence[str]) -> nn.Module:
-    """Let only some parameters train; ``fit`` runs what is wholly frozen in eval mode.
+    """Freeze all parameters but some; ``fit`` runs modules that are wholly frozen in eval mode.
 
     Args:
         model: changed in place: ``requires_grad`` of every parameter is set.
-        train: what trains. A number: the last so many groups of ``layer_groups``, 1 for the head alone, 3 for the head
-            and two blocks. Or one or more names of groups or parameters, or patterns of them: "embeddings";
+        train: what stays trainable. A number n stands for the last n groups of ``layer_groups``: 1 is the head alone, 3
+            the head and two blocks. Otherwise one or more names or patterns of groups or parameters: "embeddings";
             ["layer *", "head"] (all but the embeddings); ["*.bias", "classifier.*"].
 
     Returns:
         The model.
 
     Raises:
-        FreezingError: a name or number that the model does not have.
+        FreezingError: the model has no such group, parameter or number of groups.
     """
     if isinstance(train, int):
         groups = layer_groups(model)
@@ -42,30 +42,27 @@ def freeze(model: nn.Module, train: int | str | Sequence[str]) -> nn.Module:
 
 
 def _matching(model: nn.Module, patterns: Sequence[str]) -> set[int]:
-    """Ids of the parameters that the patterns name."""
+    """Ids of the parameters that match the patterns."""
     named = {name: [p] for name, p in model.named_parameters(remove_duplicate=False)}
-    with suppress(FreezingError):  # the names of parameters are then all there is to go by
+    with suppress(FreezingError):  # then only the names of parameters can be matched
         named |= {group.name: list(group.parameters.values()) for group in layer_groups(model)}
     chosen: set[int] = set()
     for pattern in patterns:
         found = [name for name in named if fnmatchcase(name, pattern)]
         if not found:
-            raise FreezingError(
-                f"The model has no group or parameter {pattern!r}; the nearest is {nearest(pattern, named)!r} "
-                "('*' matches anything)."
-            )
+            raise FreezingError(f"The model has no group or parameter {pattern!r}: {did_you_mean(pattern, named)}")
         chosen |= {id(p) for name in found for p in named[name]}
     return chosen
 
 
 class GradualUnfreezing(Callback):
-    """Train the last group first, and with each epoch the next one below it too (Howard and Ruder, 2018).
+    """Train the last group first, and unfreeze one more with each epoch (Howard and Ruder, 2018).
 
-    Whatever shall ever train must require a gradient before ``fit``, which builds its optimiser from that. When a run
-    ends early, the groups that it did not reach are left frozen. Give it after Checkpoint.
+    All that is to train at some time must require a gradient before ``fit``, which builds its optimiser from that. If a
+    run ends early, the groups that it did not reach stay frozen. Put it after Checkpoint.
 
     Args:
-        groups: of ``layer_groups``, how many each epoch adds, the first one included.
+        groups: how many of ``layer_groups`` each epoch adds, the first epoch included.
 
     Raises:
         FreezingError: no group would ever train.
@@ -83,11 +80,11 @@ class GradualUnfreezing(Callback):
         self._from_top = [parameters for parameters in reversed(groups) if parameters]
         if len(self._from_top) < 2:
             raise FreezingError(
-                "GradualUnfreezing has nothing to unfreeze, for only one group trains: "
-                "let all that shall ever train require a gradient before fit, as with freeze(model, train=4)."
+                "GradualUnfreezing has nothing to unfreeze, because only one group is trainable: let all that is to "
+                "train require a gradient before fit, as with freeze(model, train=4)."
             )
         if PartialState().num_processes > 1:
-            raise FreezingError("GradualUnfreezing needs one process, for others would wait for frozen gradients.")
+            raise FreezingError("GradualUnfreezing works in one process only: others would wait for frozen gradients.")
         self.on_epoch(run)
 
     def on_epoch(self, run: TrainingRun) -> None:
@@ -95,30 +92,30 @@ class GradualUnfreezing(Callback):
         for depth, parameters in enumerate(self._from_top):
             for parameter in parameters:
                 parameter.requires_grad_(depth < unfrozen)
-                parameter.grad = None  # with a gradient of zero AdamW's moments would still move a frozen weight
+                parameter.grad = None  # with a zero gradient the moments of AdamW would still move a frozen weight
 
 
 def layer_rates(model: nn.Module, lr: float, factor: float) -> dict[str, float]:
-    """The rate of each group by its name: lr * factor^(L - l), the head (l = L) at the full rate.
+    """The learning rate of each group, by name: lr * factor^(L - l), so the head (l = L) has the full rate.
 
-    Discriminative rates (Howard and Ruder, 2018) have factor 1 / 2.6; layer-wise decay often has 0.9.
+    Discriminative rates (Howard and Ruder, 2018) use the factor 1 / 2.6; layer-wise decay often uses 0.9.
 
     Raises:
         FreezingError: the factor is not in (0, 1].
     """
     if not 0 < factor <= 1:
-        raise FreezingError(f"A factor of {factor} does not slow lower layers: give one above 0, up to 1.")
+        raise FreezingError(f"A factor of {factor} is outside the range: give one above 0, up to 1.")
     groups = layer_groups(model)
     return {group.name: lr * factor ** (len(groups) - 1 - place) for place, group in enumerate(groups)}
 
 
 class LayerwiseRates(Callback):
-    """Train lower groups more slowly, at the rates of ``layer_rates``; weight decay stays as it is.
+    """Train lower layers at lower rates, those of ``layer_rates``; weight decay stays as it is.
 
-    Give it before Checkpoint, which restores the optimiser by its groups.
+    Put it before Checkpoint, which restores the optimiser by its parameter groups.
 
     Args:
-        factor: a group's rate over that of the next higher one, in (0, 1].
+        factor: the rate of a group divided by that of the group above it, in (0, 1].
     """
 
     def __init__(self, factor: float) -> None:
@@ -136,19 +133,20 @@ class LayerwiseRates(Callback):
         self._rates = [options["initial_lr"] for options in split]
 
     def on_step(self, run: TrainingRun) -> None:
-        """Raises FreezingError: a checkpoint brought other rates."""
+        """Raises FreezingError: a checkpoint restored other rates."""
         if [options["initial_lr"] for options in run.optimizer.param_groups] != self._rates:
             raise FreezingError(
-                f"The checkpoint is of a run with other rates than those of factor={self.factor:g}: "
-                "use the factor it was begun with, or another file."
+                f"The checkpoint is of a run with other rates than those of factor={self.factor:g}: use the factor "
+                "that it was started with, or another file."
             )
 
 
 def group_table(model: nn.Module, rates: Mapping[str, float] | float | None = None) -> pd.DataFrame:
-    """A row a group and one for all: parameters, how many train, their share, and the peak learning rate.
+    """A table with one row per layer group and a total: parameters, trainable ones, their share, peak learning rate.
 
     Args:
-        rates: by group, as ``layer_rates`` gives them, or one for all groups; None leaves the column out.
+        model: as for ``freeze``.
+        rates: the rate of each group, as from ``layer_rates``, or one rate for all; None omits the column.
     """
     groups = layer_groups(model)
     rows = []

@@ -30,7 +30,7 @@ from ftkit.training.batching import (
 )
 from ftkit.training.callbacks import Callback
 from ftkit.training.losses import ModelWithLoss, Penalty, make_class_weights
-from ftkit.training.monitor import Meter, ProgressBar
+from ftkit.training.monitor import Meter
 from ftkit.training.state import History, TrainingRun, TrainSettings
 
 
@@ -45,96 +45,216 @@ def fit(
     """Train a model in place, and leave it in eval mode.
 
     Args:
-        model: called as ``model(**batch)`` without the labels; gives an object with ``logits`` of shape (N, C): for N
-            rows, or for the N tokens that are labelled; an ``ModelWithLoss`` gives its loss instead. What has
-            ``requires_grad`` is trained; modules whose parameters are all frozen run in eval mode.
-        data: rows by split, as ``encode`` makes them: "train" and, if there is one, "validation". A row is a dict of
-            numbers and sequences; its ``labels`` are its class, or one a token, those of -100 left out.
-        settings: see TrainSettings.
+        model: called as ``model(**batch)`` without the labels; returns an object with ``logits`` of shape (N, C), for N
+            rows or for the N tokens that have a label. A ``ModelWithLoss`` returns its loss instead. Parameters with
+            ``requires_grad`` are trained; modules whose parameters are all frozen run in eval mode.
+        data: rows by split, as ``encode`` makes them: "train" and, optionally, "validation". A row is a dict of
+            numbers and sequences; its ``labels`` are its class, or one label per token, where -100 is ignored.
+        settings: the learning rate, the number of epochs and all else that ``TrainSettings`` lists.
         penalties: terms added to the loss.
         callbacks: called in this order.
 
     Returns:
-        The history. After Ctrl-C too: the model then has the weights of the last whole step.
+        The history of the run. After Ctrl-C too: the model then has the weights of the last complete step.
 
     Raises:
-        TrainingError: a loss that is not finite, memory that does not suffice, nothing to train, class weights where
-            there are no classes.
+        TrainingError: the loss is not finite, the memory is too small, nothing is trainable, or class weights are set
+            for rows without classes.
     """
-    if isinstance(model, ModelWithLoss) and (settings.label_smoothing or settings.class_weights is not None):
-        raise TrainingError(f"{type(model).__name__} has a loss of its own: set label_smoothing 0, class_weights None.")
-    accelerator = _accelerator(settings.precision)
-    set_seed(settings.seed)
-    wrapped = accelerator.prepare_model(model)
-    optimizer = accelerator.prepare_optimizer(make_optimizer(model, settings))
-    # accelerate's step looks for a package on the disk each time; only its loss scaling is needed
-    take_step = optimizer.optimizer.step if accelerator.scaler is None else optimizer.step
-    lengths = row_lengths(data["train"])
-    class_weights = None
-    if settings.class_weights is not None:  # only then are all labels read
-        if has_token_labels(data["train"]):
-            raise TrainingError("class_weights are for rows with a class, and these have a label a token: set it None.")
-        weights = make_class_weights(settings.class_weights, row_labels(data["train"]), _num_classes(model))
-        class_weights = weights.to(accelerator.device)
-
-    batches_a_step = settings.accumulation * accelerator.num_processes
-    steps_an_epoch = math.ceil(math.ceil(len(lengths) / settings.batch_size) / batches_a_step)
-    run = TrainingRun(model, data, settings, optimizer, total_steps=steps_an_epoch * settings.num_epochs)
-    bar = ProgressBar(run.total_steps, "training")
-    meter = Meter()
-    try:
-        with meter:
-            for callback in callbacks:
-                callback.on_start(run)
-            for epoch in range(len(run.history.epochs), settings.num_epochs):
+    run = prepare(model, data, settings)  # device, precision, optimiser, class weights, number of steps
+    with Meter() as cost, _ending(run):
+        for callback in callbacks:
+            callback.on_start(run)
+        for epoch in range(len(run.history.epochs), settings.num_epochs):
+            if run.stop:
+                break
+            train_mode(model)  # in each epoch, because a callback may have unfrozen something
+            for batches in steps_of(run, epoch):
+                train_step(run, batches, penalties)
+                for callback in callbacks:
+                    callback.on_step(run)
                 if run.stop:
                     break
-                train_mode(model)  # anew each epoch: a callback may have unfrozen something
-                batches = training_batches(lengths, settings.batch_size, settings.seed, epoch)
-                groups = [batches[i : i + batches_a_step] for i in range(0, len(batches), batches_a_step)]
-                for group in groups[run.step - epoch * steps_an_epoch :]:
-                    rate = lr_factor(run.step, run.total_steps, settings)
-                    for parameters in optimizer.param_groups:
-                        parameters["lr"] = parameters["initial_lr"] * rate
-                    with _plain_errors(run):
-                        loss = accumulate_gradients(accelerator, wrapped, run, group, class_weights, penalties)
-                        _require_finite("loss", loss, run, group)
-                        trained = [p for parameters in optimizer.param_groups for p in parameters["params"]]
-                        grad_norm = float(accelerator.clip_grad_norm_(trained, settings.max_grad_norm))
-                        if accelerator.scaler is None:  # with fp16 an overflow is expected: that step is skipped
-                            _require_finite("gradient norm", grad_norm, run, group)
-                        take_step()
-                    optimizer.optimizer.zero_grad(set_to_none=True)
-                    if isinstance(model, ModelWithLoss):
-                        model.after_step()
-                    run.step += 1
-                    run.history.steps.append(
-                        {"step": run.step, "loss": loss, "lr": settings.lr * rate, "grad_norm": grad_norm}
-                    )
-                    bar.update(run.step, f"loss {loss:.3f}")
-                    for callback in callbacks:
-                        callback.on_step(run)
-                    if run.stop:
-                        break
-                if run.step == (epoch + 1) * steps_an_epoch:
-                    _end_epoch(run, steps_an_epoch)
-                    for callback in callbacks:
-                        callback.on_epoch(run)
-            run.history.ended = "stopped" if run.step < run.total_steps else "finished"
-            if settings.keep_best and run.best_weights is not None:
-                model.load_state_dict(run.best_weights, strict=False)
+            if run.step == (epoch + 1) * run.steps_per_epoch:
+                end_epoch(run)
+                for callback in callbacks:
+                    callback.on_epoch(run)
+    run.history.seconds, run.history.peak_rss_mib = cost.seconds, cost.peak_rss_mib
+    run.history.trainable_parameters = count_parameters(model)[0]
+    return run.history
+
+
+def prepare(model: nn.Module, data: Mapping[str, Any], settings: TrainSettings) -> TrainingRun:
+    """Set the seed, put the model on the device, and make the optimiser; the arguments are those of ``fit``."""
+    if isinstance(model, ModelWithLoss) and (settings.label_smoothing or settings.class_weights is not None):
+        raise TrainingError(
+            f"{type(model).__name__} computes its own loss: set label_smoothing to 0 and class_weights to None."
+        )
+    precision = choose_device().precision if settings.precision == "auto" else settings.precision
+    AcceleratorState._reset_state()  # it is global, and would refuse a precision other than that of the last run
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    set_seed(settings.seed)
+    prepared = accelerator.prepare_model(model)
+    optimizer = accelerator.prepare_optimizer(make_optimizer(model, settings))
+    class_weights = None
+    if settings.class_weights is not None:  # otherwise nobody needs to read all labels
+        if has_token_labels(data["train"]):
+            raise TrainingError("class_weights need one class per row, and these have token labels: set it to None.")
+        num_classes = getattr(getattr(model, "config", None), "num_labels", 0)  # or those that the rows have
+        weights = make_class_weights(settings.class_weights, row_labels(data["train"]), num_classes)
+        class_weights = weights.to(accelerator.device)
+    lengths = row_lengths(data["train"])
+    batches_per_epoch = math.ceil(len(lengths) / settings.batch_size)
+    steps_per_epoch = math.ceil(batches_per_epoch / (settings.accumulation * accelerator.num_processes))
+    return TrainingRun(model, data, settings, optimizer, accelerator, prepared, class_weights, lengths, steps_per_epoch)
+
+
+def steps_of(run: TrainingRun, epoch: int) -> Iterator[list[Any]]:
+    """The steps of an epoch that are still to do; a step is a list of batches, a batch an array of row numbers."""
+    batches = training_batches(run.lengths, run.settings.batch_size, run.settings.seed, epoch)
+    per_step = run.settings.accumulation * run.accelerator.num_processes
+    for step in range(run.step - epoch * run.steps_per_epoch, run.steps_per_epoch):
+        yield batches[step * per_step : (step + 1) * per_step]
+
+
+def train_step(run: TrainingRun, batches: list[Any], penalties: Sequence[Penalty] = ()) -> None:
+    """One optimiser step: loss and backward pass, clipping, step."""
+    settings, accelerator, optimizer = run.settings, run.accelerator, run.optimizer
+    rate = lr_factor(run.step, run.total_steps, settings)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * rate
+    with _plain_errors(run):
+        loss = backward(run, batches, penalties)
+        _require_finite("loss", loss, run, batches)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        grad_norm = float(accelerator.clip_grad_norm_(trained, settings.max_grad_norm))
+        if accelerator.scaler is None:
+            _require_finite("gradient norm", grad_norm, run, batches)
+            optimizer.optimizer.step()  # accelerate's own step would look for a package on the disk each time
+        else:  # with fp16 an overflow is expected, and accelerate then skips the step
+            optimizer.step()
+    optimizer.optimizer.zero_grad(set_to_none=True)
+    if isinstance(run.model, ModelWithLoss):
+        run.model.after_step()
+    run.step += 1
+    run.history.steps.append({"step": run.step, "loss": loss, "lr": settings.lr * rate, "grad_norm": grad_norm})
+    run.progress.update(run.step, f"loss {loss:.3f}")
+
+
+def backward(run: TrainingRun, batches: list[Any], penalties: Sequence[Penalty] = ()) -> float:
+    """Add up the gradients of the batches of one step as if they were one large batch; return its mean loss.
+
+    The summed loss of each batch is divided by the weight of the whole step: the number of its labels, or the sum of
+    their class weights. So it does not matter how the rows are cut into batches or spread over processes, nor that the
+    last batch is small.
+    """
+    accelerator = run.accelerator
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    idle = not mine  # the last step of an epoch may have no batch for this process, which then adds zero
+    inputs = [make_batch(run.model, run.data["train"], rows, accelerator.device) for rows in mine or batches[:1]]
+    labels = [batch["labels"][batch["labels"] != IGNORED] for batch in inputs]
+    weight = sum(len(known) if run.class_weights is None else run.class_weights[known].sum() for known in labels)
+    total_weight = accelerator.reduce(torch.as_tensor(weight, device=accelerator.device) * (not idle), "sum")
+    total_rows = sum(len(rows) for rows in batches)
+    mean_loss = torch.zeros((), device=accelerator.device)
+    for i, (batch, known) in enumerate(zip(inputs, labels, strict=True)):
+        with nullcontext() if i == len(inputs) - 1 else accelerator.no_sync(run.prepared):
+            outputs, summed = _summed_loss(run, batch, known)
+            loss = summed / total_weight
+            for penalty in penalties:
+                loss = loss + penalty(run.model, batch, outputs) * len(batch["labels"]) / total_rows
+            loss = loss * (not idle)
+            mean_loss += loss.detach()
+            accelerator.backward(loss * accelerator.num_processes)  # processes average their gradients
+    return float(accelerator.reduce(mean_loss, "sum"))
+
+
+def _summed_loss(run: TrainingRun, batch: dict[str, Tensor], known: Tensor) -> tuple[Any, Tensor]:
+    """What the model returns for a batch, and its loss summed over the known labels."""
+    if isinstance(run.model, ModelWithLoss):
+        outputs = run.prepared(**batch)
+        return outputs, outputs.loss * len(known)
+    outputs = run.prepared(**{name: value for name, value in batch.items() if name != "labels"})
+    smoothing = run.settings.label_smoothing
+    return outputs, F.cross_entropy(
+        outputs.logits.float(), known, weight=run.class_weights, label_smoothing=smoothing, reduction="sum"
+    )
+
+
+def end_epoch(run: TrainingRun) -> None:
+    """Validate, and keep the weights if they are the best so far (the first of equals)."""
+    history = run.history
+    losses = [step["loss"] for step in history.steps[-run.steps_per_epoch :]]
+    row = {"epoch": len(history.epochs) + 1, "train_loss": sum(losses) / len(losses)}
+    if "validation" in run.data:
+        if has_token_labels(run.data["validation"]):
+            score, sign = "validation_loss", -1
+            row[score] = token_loss(run.model, run.data["validation"])
+        else:
+            score, sign = "validation_accuracy", 1
+            evaluation = evaluate(run.model, run.data["validation"])
+            row |= {"validation_loss": evaluation.loss, score: evaluation.accuracy}
+        if sign * row[score] > max((sign * epoch[score] for epoch in history.epochs), default=-math.inf):
+            history.best_epoch = row["epoch"]
+            if run.settings.keep_best:
+                run.best_weights = _trained_weights(run)
+    history.epochs.append(row)
+
+
+def _trained_weights(run: TrainingRun) -> dict[str, Tensor]:
+    """A copy of the state of the model without what is frozen for good."""
+    # the optimiser knows what trains: a callback may have frozen a part of it only for now
+    trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    named = run.model.named_parameters(remove_duplicate=False)  # a tied weight has several names
+    frozen = {name for name, p in named if id(p) not in trained}
+    return {name: weights.clone() for name, weights in run.model.state_dict().items() if name not in frozen}
+
+
+@contextmanager
+def _ending(run: TrainingRun) -> Iterator[None]:
+    """However the run ends, leave a model that can be used; Ctrl-C ends it after the last complete step."""
+    try:
+        yield
+        run.history.ended = "stopped" if run.step < run.total_steps else "finished"
+        if run.settings.keep_best and run.best_weights is not None:
+            run.model.load_state_dict(run.best_weights, strict=False)
     except KeyboardInterrupt:
         run.history.ended = "interrupted"
         print(f"Interrupted after step {run.step} of {run.total_steps}: the model has the weights of that step.")
     finally:
-        bar.close()
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        vars(model).pop("_is_accelerate_prepared", None)  # or the next fit would keep the precision of this one
-        model.eval()
-    run.history.seconds, run.history.peak_rss_mib = meter.seconds, meter.peak_rss_mib
-    run.history.trainable_parameters = count_parameters(model)[0]
-    return run.history
+        run.progress.close()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.accelerator.unwrap_model(run.prepared, keep_fp32_wrapper=False)
+        vars(run.model).pop("_is_accelerate_prepared", None)  # or the next fit would keep the precision of this one
+        run.model.eval()
+
+
+def lr_factor(step: int, total_steps: int, settings: TrainSettings) -> float:
+    """Share of the peak learning rate at a step (from 0): linear warm-up from 0, then the schedule down to 0."""
+    warmup_steps = math.ceil(settings.warmup * total_steps)
+    if step < warmup_steps:
+        return step / warmup_steps
+    if settings.schedule == "constant":
+        return 1.0
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) over all trainable parameters; vectors (biases, norms) do not decay.
+
+    Raises:
+        TrainingError: every parameter is frozen.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise TrainingError("There is nothing to train, since all parameters are frozen: set requires_grad on some.")
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [{**group, "initial_lr": settings.lr} for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)  # fused is the fastest, on the CPU too
 
 
 @torch.inference_mode()
@@ -144,16 +264,16 @@ def evaluate(model: nn.Module, rows: Any, *, batch_size: int = 64) -> Evaluation
     Args:
         model: as for ``fit``.
         rows: one split of what ``encode`` makes, N rows.
-        batch_size: rows a forward pass; it changes memory and time, not the result.
+        batch_size: rows per forward pass; it changes memory and time, not the result.
 
     Returns:
-        Labels, probabilities and loss, and all that follows from them; rows in the order they were given.
+        Labels, probabilities and loss, and all that follows from them, in the order of the rows.
 
     Raises:
-        ValueError: rows with a label a token.
+        ValueError: the rows have one label per token.
     """
     if has_token_labels(rows):
-        raise ValueError("These rows have a label a token, and no class: measure them with token_loss.")
+        raise ValueError("These rows have one label per token and no class: use token_loss for them.")
     if isinstance(model, ModelWithLoss):
         with eval_mode(model):
             return model.measure(rows, batch_size)
@@ -172,12 +292,13 @@ def evaluate(model: nn.Module, rows: Any, *, batch_size: int = 64) -> Evaluation
 
 @torch.inference_mode()
 def token_loss(model: nn.Module, rows: Any, *, batch_size: int = 8) -> float:
-    """Mean cross-entropy, in nats, of the tokens that rows are labelled with, in eval mode; its exp is the perplexity.
+    """Mean cross-entropy, in nats, over the tokens that have a label, in eval mode; its exponential is the perplexity.
 
     Args:
         model: as for ``fit``; it is left in the mode it was in.
-        rows: one split of rows with a label a token, as ``encode_completions`` makes them.
-        batch_size: rows a forward pass, few, for the logits (labelled tokens x vocabulary) of a batch are in memory.
+        rows: one split of rows with one label per token, as ``encode_completions`` makes them.
+        batch_size: rows per forward pass; keep it small, because the logits of a batch (labelled tokens x vocabulary)
+            are held in memory.
     """
     device = next(model.parameters()).device
     loss, tokens = 0.0, 0
@@ -191,80 +312,13 @@ def token_loss(model: nn.Module, rows: Any, *, batch_size: int = 8) -> float:
     return loss / tokens
 
 
-def lr_factor(step: int, total_steps: int, settings: TrainSettings) -> float:
-    """Share of the peak learning rate at a step (from 0): linear warm-up from 0, then the schedule down to 0."""
-    warmup_steps = math.ceil(settings.warmup * total_steps)
-    if step < warmup_steps:
-        return step / warmup_steps
-    if settings.schedule == "constant":
-        return 1.0
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019) over what requires a gradient; vectors (biases, norms) do not decay.
-
-    Raises:
-        TrainingError: every parameter is frozen.
-    """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise TrainingError("There is nothing to train: all parameters are frozen; set requires_grad on some of them.")
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [{**group, "initial_lr": settings.lr} for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)  # fused: on the CPU too, it is the fastest
-
-
-def _num_classes(model: nn.Module) -> int:
-    """Classes of a model whose config tells; 0 for another, whose classes are those of its rows."""
-    return getattr(getattr(model, "config", None), "num_labels", 0)
-
-
-def _end_epoch(run: TrainingRun, steps_an_epoch: int) -> None:
-    """Validate, and keep the weights if they are the best so far (the first of equals)."""
-    history = run.history
-    losses = [step["loss"] for step in history.steps[-steps_an_epoch:]]
-    row = {"epoch": len(history.epochs) + 1, "train_loss": sum(losses) / len(losses)}
-    if "validation" in run.data:
-        if has_token_labels(run.data["validation"]):
-            measure, sign = "validation_loss", -1
-            row[measure] = token_loss(run.model, run.data["validation"])
-        else:
-            measure, sign = "validation_accuracy", 1
-            evaluation = evaluate(run.model, run.data["validation"])
-            row |= {"validation_loss": evaluation.loss, measure: evaluation.accuracy}
-        if sign * row[measure] > max((sign * epoch[measure] for epoch in history.epochs), default=-math.inf):
-            history.best_epoch = row["epoch"]
-            if run.settings.keep_best:
-                # what the optimiser holds, for a callback may have frozen some of it for now
-                trained = {id(p) for parameters in run.optimizer.param_groups for p in parameters["params"]}
-                # under all its names, for a tied weight has several
-                named = run.model.named_parameters(remove_duplicate=False)
-                frozen = {name for name, p in named if id(p) not in trained}
-                weights = run.model.state_dict()
-                run.best_weights = {name: weights[name].clone() for name in weights if name not in frozen}
-    history.epochs.append(row)
-
-
-def _accelerator(precision: str) -> Accelerator:
-    """Accelerate's view of device, precision and processes, made anew for each run."""
-    if precision == "auto":
-        precision = choose_device().precision
-    AcceleratorState._reset_state()  # it is global, and would refuse another precision than the last run's
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
-
-
-def _require_finite(what: str, value: float, run: TrainingRun, group: list[Any]) -> None:
+def _require_finite(what: str, value: float, run: TrainingRun, batches: list[Any]) -> None:
     if math.isfinite(value):
         return
-    numbers = [str(int(i)) for rows in group for i in rows]
+    numbers = [str(int(i)) for rows in batches for i in rows]
     rows = ", ".join(numbers[:8]) + (", …" if len(numbers) > 8 else "")
     if run.step == 0:
-        cause = "the rows or the starting weights hold values that are not finite: check them"
+        cause = "the rows or the starting weights contain values that are not finite: check them"
     else:
         cause = f"the learning rate is probably too high: try lr={run.settings.lr / 10:g}"
     raise TrainingError(
@@ -283,56 +337,12 @@ def _plain_errors(run: TrainingRun) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(words in said for words in known):
             raise
         size, batches = run.settings.batch_size, run.settings.accumulation
-        advice = f"try batch_size={size // 2} with accumulation={batches * 2}, which trains the same"
-        if isinstance(
-            run.model, ModelWithLoss
-        ):  # its rows may be of one loss, like pairs that are each other's negatives
+        if isinstance(run.model, ModelWithLoss):  # its loss may depend on which rows share a batch
             advice = run.model.memory_advice
         elif size == 1:
             advice = "try shorter texts (max_length) or a smaller model"
-        raise TrainingError(f"Out of memory at step {run.step + 1} with {size} rows a batch: {advice}.") from error
-
-
-def accumulate_gradients(
-    accelerator: Accelerator,
-    wrapped: nn.Module,
-    run: TrainingRun,
-    group: list[Any],
-    class_weights: Tensor | None,
-    penalties: Sequence[Penalty],
-) -> float:
-    """Add up the gradients of one step's batches as if they were one large batch; returns its mean loss.
-
-    Each batch's summed loss is divided by the weight of the whole group, which is the number of its labels or the sum
-    of their class weights, so that it does not matter how the rows are cut into batches and spread over processes, nor
-    that a last batch is small.
-    """
-    mine = group[accelerator.process_index :: accelerator.num_processes]
-    idle = not mine  # an epoch's last step may not have a batch for every process: this one then adds nothing
-    batches = [make_batch(run.model, run.data["train"], rows, accelerator.device) for rows in mine or group[:1]]
-    total_rows = sum(len(rows) for rows in group)
-    counted = [batch["labels"][batch["labels"] != IGNORED] for batch in batches]
-    weight = sum(len(labels) if class_weights is None else class_weights[labels].sum() for labels in counted)
-    total_weight = accelerator.reduce(torch.as_tensor(weight, device=accelerator.device) * (not idle), "sum")
-    mean_loss = torch.zeros((), device=accelerator.device)
-    for i, batch in enumerate(batches):
-        with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(wrapped):
-            if isinstance(run.model, ModelWithLoss):
-                outputs = wrapped(**batch)
-                summed = outputs.loss * len(counted[i])
-            else:
-                outputs = wrapped(**{name: value for name, value in batch.items() if name != "labels"})
-                summed = F.cross_entropy(
-                    outputs.logits.float(),
-                    counted[i],
-                    weight=class_weights,
-                    label_smoothing=run.settings.label_smoothing,
-                    reduction="sum",
-                )
-            loss = summed / total_weight
-            for penalty in penalties:
-                loss = loss + penalty(run.model, batch, outputs) * len(batch["labels"]) / total_rows
-            loss = loss * (not idle)
-            mean_loss += loss.detach()
-            accelerator.backward(loss * accelerator.num_processes)  # processes average their gradients
-    return float(accelerator.reduce(mean_loss, "sum"))
+        else:
+            advice = f"try batch_size={size // 2} with accumulation={batches * 2}, which trains the same"
+        raise TrainingError(
+            f"The memory ran out at step {run.step + 1} with batches of {size} rows: {advice}."
+        ) from error

@@ -11,17 +11,19 @@ from ftkit.metrics import Evaluation
 
 
 class Penalty(Protocol):
-    """A term that is added to the loss."""
+    """A term added to the loss."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], outputs: Any) -> Tensor:
-        """The term for one batch, a scalar; over the batches of a step it is averaged by their rows."""
+        """The term for one batch, a scalar; over the batches of a step it is averaged, weighted by their rows."""
 
 
 def make_class_weights(setting: str | Sequence[float] | None, labels: Sequence[int], num_classes: int) -> Tensor | None:
-    """The weight of each class, shape (C,): "balanced" is N / (C n_c), as in scikit-learn, 0 for an absent class.
+    """The weight of each class in the loss, shape (C,); None for no weights.
+
+    "balanced" is N / (C n_c) as in scikit-learn, whose own function refuses a class without rows; here it weighs 0.
 
     Raises:
-        ValueError: the number of weights given is not that of the classes.
+        ValueError: the number of weights differs from the number of classes.
     """
     num_classes = max(num_classes, 1 + max(labels))
     if setting == "balanced":
@@ -33,24 +35,24 @@ def make_class_weights(setting: str | Sequence[float] | None, labels: Sequence[i
 
 
 class ModelWithLoss(nn.Module, ABC):
-    """What ``fit`` and ``evaluate`` ask of such a model, beside a forward pass that gives an object with ``loss``.
+    """A model that computes its own loss: its forward pass returns an object with ``loss``.
 
-    ``loss`` is the mean over the rows of the batch, a scalar; the loop does not look at logits or labels then.
+    ``loss`` is the mean over the rows of the batch, a scalar. ``fit`` and ``evaluate`` then ignore logits and labels.
 
     Attributes:
-        memory_advice: what to try where a batch does not fit into memory.
+        memory_advice: what to try if a batch does not fit into memory.
     """
 
     memory_advice = "try a smaller batch_size"
 
     @abstractmethod
     def measure(self, rows: Any, batch_size: int) -> Evaluation:
-        """Score rows in eval mode; the model is in it already.
+        """Score rows; the model is already in eval mode.
 
         Args:
-            rows: of one split.
-            batch_size: rows a forward pass.
+            rows: the rows of one split.
+            batch_size: rows per forward pass.
         """
 
     def after_step(self) -> None:
-        """After each optimiser step: put back within bounds what must be."""
+        """Hook after each optimiser step, for example to clamp a parameter to its allowed range."""

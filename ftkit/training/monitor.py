@@ -1,6 +1,6 @@
-"""What a run costs and how far it is: seconds, peak memory, a progress bar.
+"""Seconds and peak memory of a run, and its progress bar.
 
-tqdm's own notebook bar is a widget; an executed notebook would keep it as broken metadata.
+The notebook bar of tqdm is a widget, which an executed notebook would keep as broken metadata.
 """
 
 import sys
@@ -12,18 +12,17 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-SAMPLE_SECONDS = 0.02
+_SAMPLE_SECONDS = 0.02
 
 
 class Meter:
     """Measure the block under ``with``.
 
-    The operating system keeps one peak for the life of a process, which says nothing of its second half;
-    so the resident set is sampled from a thread.
+    The operating system knows only the peak of a whole process, so a thread samples the resident memory.
 
     Attributes:
         seconds: wall-clock time of the block, once it has ended.
-        peak_rss_mib: highest resident set size seen during the block, in MiB, all that was there before included.
+        peak_rss_mib: highest resident memory of the process during the block, in MiB.
     """
 
     def __init__(self) -> None:
@@ -35,7 +34,7 @@ class Meter:
         self.peak_rss_mib = max(self.peak_rss_mib, self._process.memory_info().rss / 2**20)
 
     def _watch(self) -> None:
-        while not self._done.wait(SAMPLE_SECONDS):
+        while not self._done.wait(_SAMPLE_SECONDS):
             self._sample()
 
     def __enter__(self) -> "Meter":
@@ -56,9 +55,9 @@ class Meter:
         self.seconds = time.perf_counter() - self._start
 
 
-REFRESH_SECONDS = 0.2
+_REFRESH_SECONDS = 0.2
 
-START_SECONDS = 2.0  # in a notebook, what takes less shows no bar: each leaves an empty line in the cell's outputs
+START_SECONDS = 2.0  # no bar in a notebook for shorter work, because every bar leaves an empty line in the output
 
 
 def in_notebook() -> bool:
@@ -69,13 +68,13 @@ def in_notebook() -> bool:
 
 
 class ProgressBar:
-    """Shows how far a loop is, and a short text beside it.
+    """A progress bar for a terminal or a notebook, with a short text beside it.
 
-    Outside of the main thread it is silent: in a notebook it would write into whatever cell runs meanwhile.
+    In another thread than the main one it shows nothing: it would write into the cell that happens to be running.
 
     Args:
-        total: steps in all.
-        label: what is going on.
+        total: number of steps.
+        label: text in front of the bar.
     """
 
     def __init__(self, total: int, label: str) -> None:
@@ -88,11 +87,11 @@ class ProgressBar:
             self._terminal = tqdm(total=total, desc=label, leave=False, disable=not (shown and sys.stderr.isatty()))
 
     def update(self, done: int, text: str = "") -> None:
-        """Say that ``done`` steps of the total are over."""
+        """Show that ``done`` steps are done."""
         if self._terminal is not None:
             self._terminal.set_postfix_str(text, refresh=False)
             self._terminal.update(done - self.done)
-        elif time.monotonic() - self._start > START_SECONDS and time.monotonic() - self._shown > REFRESH_SECONDS:
+        elif time.monotonic() - self._start > START_SECONDS and time.monotonic() - self._shown > _REFRESH_SECONDS:
             self._shown = time.monotonic()
             filled = "█" * round(20 * done / self.total)
             left = (self._shown - self._start) * (self.total - done) / max(done, 1)
@@ -100,14 +99,14 @@ class ProgressBar:
         self.done = done
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._terminal is not None:
             self._terminal.close()
         elif self._handle is not None:
             self._show("")
 
     def _show(self, text: str) -> None:
-        """In the notebook, in the place of what was shown before."""
+        """Replace what the notebook shows for this bar."""
         from IPython.display import Pretty, display
 
         if self._handle is None:

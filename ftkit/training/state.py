@@ -4,31 +4,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
+import numpy as np
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from ftkit.training.monitor import ProgressBar
+
 
 class TrainSettings(BaseModel):
-    """What a reader can turn about one training run."""
+    """The settings of one training run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate of AdamW")
     num_epochs: int = Field(3, ge=1, le=1000, description="passes over the training rows")
-    batch_size: int = Field(16, ge=1, le=4096, description="rows a forward pass")
-    accumulation: int = Field(1, ge=1, le=1024, description="batches whose gradients make one step")
+    batch_size: int = Field(16, ge=1, le=4096, description="rows per forward pass")
+    accumulation: int = Field(1, ge=1, le=1024, description="batches whose gradients are added up for one step")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="learning rate after warm-up")
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps over which the rate rises from 0")
-    weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW's; biases and norms are left out")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability spread over all classes")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises from 0")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="weight decay of AdamW; biases and norms do not decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="larger gradients are scaled down to this norm")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     class_weights: Literal["balanced"] | tuple[float, ...] | None = Field(
         None, description="weight of each class in the loss; balanced: inverse to its frequency"
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: what pays on the device")
-    keep_best: bool = Field(True, description="end with the weights of the epoch best on validation")
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="of the order of rows and of dropout")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: the best for the device")
+    keep_best: bool = Field(True, description="end with the weights of the epoch that is best on validation")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of the order of the rows and of dropout")
 
 
 @dataclass
@@ -36,14 +41,15 @@ class History:
     """What happened in a run.
 
     Attributes:
-        steps: a dict a step: step (from 1), loss, lr, grad_norm (before clipping).
-        epochs: a dict an epoch: epoch (from 1), train_loss, and with a validation split validation_loss and, where
-            rows have a class and not a label a token, validation_accuracy.
-        best_epoch: the epoch best on validation, by its accuracy or else its loss; None where there is no such split.
+        steps: one dict per step: step (from 1), loss, lr, grad_norm (before clipping).
+        epochs: one dict per epoch: epoch (from 1) and train_loss; with a validation split also validation_loss and,
+            where each row has one class, validation_accuracy.
+        best_epoch: the epoch that is best on validation, by accuracy or, without classes, by loss; None without a
+            validation split.
         ended: "finished", "stopped" (by a callback) or "interrupted" (Ctrl-C).
-        trainable_parameters: number of parameters that training changed.
+        trainable_parameters: number of parameters that were trained.
         seconds: wall-clock time of the run.
-        peak_rss_mib: highest resident memory of the process meanwhile, in MiB.
+        peak_rss_mib: highest resident memory of the process during the run, in MiB.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -58,31 +64,49 @@ class History:
         last = self.epochs[-1] if self.epochs else {}
         scores = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in last.items() if name != "epoch")
         best = f", best epoch {self.best_epoch}" if self.best_epoch else ""
-        return f"{self.ended} after {len(self.steps)} steps{best}; last epoch: {scores or 'not reached its end'}"
+        return f"{self.ended} after {len(self.steps)} steps{best}; last epoch: {scores or 'not completed'}"
 
 
 @dataclass
 class TrainingRun:
-    """A run in progress, as callbacks see it; what they change in it takes effect.
+    """A run in progress, as the loop and its callbacks see it; what a callback changes here takes effect.
 
     Attributes:
-        model: the network, not wrapped.
+        model: the network, as the caller knows it.
         data: the splits that ``fit`` was given.
-        settings: likewise.
-        optimizer: each parameter group has an ``initial_lr``, its own peak rate.
-        total_steps: optimiser steps the run will take.
-        step: steps taken.
-        history: what happened so far.
+        settings: the settings that ``fit`` was given.
+        optimizer: each of its parameter groups has an ``initial_lr``, its own peak rate.
+        accelerator: device, precision and processes.
+        prepared: the model as accelerate wraps it for them.
+        class_weights: the weight of each class in the loss, shape (C,), or None.
+        lengths: number of tokens of each training row, shape (N,).
+        steps_per_epoch: optimiser steps per epoch.
+        step: steps done.
+        history: what has happened so far.
         best_weights: trainable weights and buffers of the best epoch so far.
-        stop: set it to end after this step.
+        stop: set it to end the run after this step.
+        progress: the progress bar.
     """
 
     model: nn.Module
     data: Mapping[str, Any]
     settings: TrainSettings
-    optimizer: torch.optim.Optimizer
-    total_steps: int
+    optimizer: AcceleratedOptimizer
+    accelerator: Accelerator
+    prepared: nn.Module
+    class_weights: Tensor | None
+    lengths: NDArray[np.int64]
+    steps_per_epoch: int
     step: int = 0
     history: History = field(default_factory=History)
     best_weights: dict[str, Tensor] | None = None
     stop: bool = False
+    progress: ProgressBar = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.progress = ProgressBar(self.total_steps, "training")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.steps_per_epoch * self.settings.num_epochs

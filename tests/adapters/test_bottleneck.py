@@ -1,4 +1,4 @@
-"""Bottleneck adapters: where they are, how many weights they have, what trains, and what their file brings back."""
+"""Bottleneck adapters: their place, their size, what trains, saving and loading."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from tiny_models import (
     INNER,
     LAYERS,
     WIDTH,
-    assert_seed_gives_start,
+    assert_seed_sets_initial_weights,
     disturb,
     make_inputs,
     make_tiny,
@@ -27,7 +27,7 @@ from ftkit.models.modules import count_parameters
 from ftkit.training.loop import evaluate, fit
 from ftkit.training.state import TrainSettings
 
-# adapters after Pfeiffer and after Houlsby
+# number of adapters of each kind
 NUMBERS = {
     **{family: {"pfeiffer": LAYERS, "houlsby": 2 * LAYERS} for family in FAMILIES},
     "albert": {"pfeiffer": 1, "houlsby": 2},  # its layers share their weights
@@ -72,7 +72,7 @@ def test_a_bottleneck_computes_its_equation_and_starts_as_the_identity(activatio
 def test_adapters_are_added_trained_saved_and_loaded(family, kind, tmp_path):
     model = make_tiny(family)
     before, plain = logits(model, family), copy.deepcopy(model)
-    assert add_adapters(model, 4, kind=kind, activation="gelu") is model  # whose units are never dead
+    assert add_adapters(model, 4, kind=kind, activation="gelu") is model  # gelu has no dead units
     assert len(adapter_names(model)) == NUMBERS[family][kind]
     size = NUMBERS[family][kind] * (2 * WIDTH * 4 + 4 + WIDTH)
     layer_norms = norms(plain) - head_norms(plain) if kind == "houlsby" else 0
@@ -98,7 +98,7 @@ def test_adapters_are_added_trained_saved_and_loaded(family, kind, tmp_path):
         assert torch.equal(loaded.state_dict()[name], weight), name
 
 
-def test_adapters_at_their_start_are_the_base_to_the_bit():
+def test_new_adapters_leave_the_logits_bitwise_equal():
     model = make_tiny("bert")
     before = logits(model)
     assert torch.equal(logits(add_adapters(model, 4, kind="houlsby")), before)
@@ -118,7 +118,7 @@ def test_an_adapter_stands_between_the_projection_and_the_residual(kind):
     assert hasattr(attention, "adapter") == (kind == "houlsby")
 
 
-def test_a_copy_has_adapters_of_its_own():
+def test_a_copy_has_its_own_adapters():
     model = add_adapters(make_tiny("bert"), 4)
     before, twin = logits(model), copy.deepcopy(model)
     disturb(twin)
@@ -130,7 +130,7 @@ def test_a_copy_has_adapters_of_its_own():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fit_trains_the_adapters_and_leaves_the_base(kind, tiny_data):
+def test_fit_trains_the_adapters_and_leaves_the_base_unchanged(kind, tiny_data):
     model = add_adapters(make_tiny_bert(), 8, kind=kind)
     start = {name: p.clone() for name, p in model.named_parameters()}
     settings = TrainSettings(lr=0.02, num_epochs=2, keep_best=False, precision="fp32")
@@ -144,7 +144,7 @@ def test_fit_trains_the_adapters_and_leaves_the_base(kind, tiny_data):
     assert loss == pytest.approx(history.epochs[-1]["validation_loss"])
 
 
-def test_the_file_is_small_names_the_classes_and_fits_its_own_base_alone(tmp_path):
+def test_the_file_is_small_names_the_classes_and_fits_only_its_own_base(tmp_path):
     model = make_tiny_bert()
     model.config.id2label = {0: "bad", 1: "good"}
     save_bottleneck(add_adapters(model, 4, activation="gelu"), tmp_path)
@@ -159,15 +159,15 @@ def test_the_file_is_small_names_the_classes_and_fits_its_own_base_alone(tmp_pat
     assert loaded.config.id2label == {0: "bad", 1: "good"}
     assert loaded.get_submodule(adapter_names(loaded)[0]).activation == "gelu"
     for other, said in [
-        (make_tiny_bert(num_labels=3), r"2 classes \['bad', 'good'\], the model's head for 3"),
-        (make_tiny("roberta"), "of a BertForSequenceClassification, this is a RobertaForSequenceClassification"),
+        (make_tiny_bert(num_labels=3), r"2 classes \['bad', 'good'\], the model's head is for 3"),
+        (make_tiny("roberta"), "for a BertForSequenceClassification, this is a RobertaForSequenceClassification"),
     ]:
         with pytest.raises(ValueError, match=said):
             load_bottleneck(other, tmp_path)
         assert not adapter_names(other)
     narrow = make_tiny("bert")
     narrow.config.num_labels = 2
-    with pytest.raises(ValueError, match="of a model with other layers"):
+    with pytest.raises(ValueError, match="for a model with other layers"):
         load_bottleneck(narrow, tmp_path)
     assert len(trainable(narrow)) == len(list(narrow.parameters()))
     with pytest.raises(ValueError, match="no saved adapters"):
@@ -176,8 +176,8 @@ def test_the_file_is_small_names_the_classes_and_fits_its_own_base_alone(tmp_pat
         save_bottleneck(make_tiny_bert(), tmp_path)
 
 
-def test_the_seed_gives_the_start_and_leaves_the_global_chance():
-    assert_seed_gives_start(lambda model, **how: add_adapters(model, 4, **how), "down.weight")
+def test_the_seed_sets_the_initial_weights_and_leaves_the_global_random_state_unchanged():
+    assert_seed_sets_initial_weights(lambda model, **kwargs: add_adapters(model, 4, **kwargs), "down.weight")
 
 
 @pytest.mark.parametrize(
@@ -190,15 +190,15 @@ def test_the_seed_gives_the_start_and_leaves_the_global_chance():
         (4, {"activation": "sine"}, "no activation 'sine': choose from relu, gelu"),
     ],
 )
-def test_what_can_not_be_is_refused_and_the_model_left_as_it_was(width, options, said):
+def test_invalid_arguments_are_refused_and_leave_the_model_unchanged(width, options, said):
     model = make_tiny("bert")
     with pytest.raises(ValueError, match=said):
         add_adapters(model, width, **options)
     assert not adapter_names(model) and len(trainable(model)) == len(list(model.parameters()))
 
 
-def test_adapters_are_not_added_twice_nor_to_what_can_not_be_read():
-    with pytest.raises(ValueError, match="has bottleneck adapters already"):
+def test_adapters_are_not_added_twice_or_to_an_unknown_architecture():
+    with pytest.raises(ValueError, match="already has bottleneck adapters"):
         add_adapters(add_adapters(make_tiny("bert"), 4), 4)
     config = BloomConfig(vocab_size=60, hidden_size=16, n_layer=2, n_head=2, num_labels=CLASSES, pad_token_id=0)
     with pytest.raises(ValueError, match="The blocks of BloomForSequenceClassification can't be read") as caught:

@@ -1,4 +1,4 @@
-"""LoRA, IA3 and BitFit: held to their equations, to the formulas of their sizes, and to plain peft."""
+"""LoRA, IA3 and BitFit compared with their equations, the formulas of their sizes, and plain peft."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from tiny_models import (
     INNER,
     LAYERS,
     WIDTH,
-    assert_seed_gives_start,
+    assert_seed_sets_initial_weights,
     disturb,
     make_inputs,
     make_tiny,
@@ -33,10 +33,10 @@ from ftkit.models.modules import count_parameters
 from ftkit.training.loop import evaluate, fit
 from ftkit.training.state import TrainSettings
 
-# plain peft, which some tests load with, reads a property that transformers has renamed
+# some tests load with plain peft, which reads a property that transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
-# attentions, and (in, out) sizes of the layers that LoRA changes by default in one attention
+# number of attention layers, and (in, out) sizes of the linear layers that LoRA changes by default in each
 SQUARES, FUSED, GROUPED = [(WIDTH, WIDTH)] * 2, [(WIDTH, 3 * WIDTH)], [(WIDTH, WIDTH), (WIDTH, WIDTH // 2)]
 DEFAULTS = {
     **dict.fromkeys(FAMILIES, (LAYERS, SQUARES)),
@@ -45,7 +45,7 @@ DEFAULTS = {
     "llama": (LAYERS, GROUPED),
     "qwen2": (LAYERS, GROUPED),
     "albert": (1, SQUARES),  # its layers share their weights
-    "t5": (3 * LAYERS, SQUARES),  # encoder, decoder, and from one to the other
+    "t5": (3 * LAYERS, SQUARES),  # self-attention of encoder and decoder, and cross-attention
 }
 DENSE, LAST = WIDTH * WIDTH + WIDTH, WIDTH * CLASSES + CLASSES
 HEADS = {
@@ -66,7 +66,7 @@ def trainable(model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lora_finds_query_and_value_and_trains_them_with_the_head_and_nothing_else(family):
+def test_lora_trains_query_and_value_and_the_head_and_nothing_else(family):
     model = make_tiny(family)
     before = logits(model, family)
     adapted = add_lora(model, rank=2)
@@ -81,7 +81,7 @@ def test_lora_finds_query_and_value_and_trains_them_with_the_head_and_nothing_el
     assert all(p.grad is None for p in adapted.parameters() if not p.requires_grad)
 
 
-def test_lora_at_its_start_is_the_base_to_the_bit():
+def test_a_new_lora_leaves_the_logits_bitwise_equal():
     model = make_tiny("bert")
     before = logits(model)
     adapted = add_lora(model, rank=4)
@@ -107,8 +107,8 @@ def test_a_lora_layer_computes_its_equation(family, layer, rslora, scale):
     torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_the_seed_gives_the_start_and_leaves_the_global_chance():
-    assert_seed_gives_start(add_lora, "lora_A")
+def test_the_seed_sets_the_initial_weights_and_leaves_the_global_random_state_unchanged():
+    assert_seed_sets_initial_weights(add_lora, "lora_A")
 
 
 METHODS = {
@@ -125,7 +125,7 @@ def test_merged_and_reloaded_models_give_the_same_logits(family, method, tmp_pat
     before = logits(make_tiny(family), family)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # as ftkit.adapters does
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # as lora.py does
         adapted = METHODS[method](make_tiny(family))
     torch.testing.assert_close(logits(adapted, family), before, rtol=0, atol=1e-5)
     disturb(adapted)
@@ -136,7 +136,7 @@ def test_merged_and_reloaded_models_give_the_same_logits(family, method, tmp_pat
     assert type(merged) is type(make_tiny(family))
     assert merged.state_dict().keys() == make_tiny(family).state_dict().keys()
     torch.testing.assert_close(logits(merged, family), after, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits(adapted, family), after, rtol=0, atol=1e-6)  # it was not touched
+    torch.testing.assert_close(logits(adapted, family), after, rtol=0, atol=1e-6)  # merging leaves it unchanged
 
     folder = save_adapter(adapted, tmp_path / "adapter")
     plain = PeftModel.from_pretrained(make_tiny(family), folder)
@@ -162,7 +162,7 @@ def test_all_linear_is_every_layer_below_the_head():
     assert count_parameters(adapted)[0] == LAYERS * block + 2 * 2 * WIDTH + HEADS["bert"]  # and the pooler
 
 
-def test_explicit_targets_are_taken_whole_or_by_their_end():
+def test_targets_can_be_full_names_or_the_ends_of_names():
     adapted = add_lora(
         make_tiny("bert"), rank=3, targets=["attention.output.dense", "bert.encoder.layer.1.output.dense"]
     )
@@ -185,14 +185,14 @@ def test_ia3_has_a_vector_for_keys_values_and_inner_activations(family, per_bloc
     assert all(torch.equal(vector, torch.ones_like(vector)) for vector in vectors)
 
 
-def test_adapters_on_one_base_have_heads_of_their_own_and_are_switched_by_name(tmp_path):
+def test_adapters_on_one_base_have_their_own_heads_and_are_switched_by_name(tmp_path):
     base = make_tiny("bert")
     before = logits(base)
     model = add_lora(base, name="one")
     disturb(model)
     one = logits(model)
     model = add_lora(model, rank=2, name="two", targets="all-linear")
-    assert torch.equal(logits(model), before)  # its head too starts as the base's
+    assert torch.equal(logits(model), before)  # its head also starts as a copy of the base's
     assert all(".two." in name for name in trainable(model))
     disturb(model)
     two = logits(model)
@@ -209,12 +209,12 @@ def test_adapters_on_one_base_have_heads_of_their_own_and_are_switched_by_name(t
     torch.testing.assert_close(logits(loaded), two, rtol=0, atol=1e-6)
     loaded.set_adapter("a")
     torch.testing.assert_close(logits(loaded), one, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="has an adapter 'a' already"):
+    with pytest.raises(ValueError, match="already has an adapter 'a'"):
         add_lora(loaded, name="a")
 
 
 @pytest.mark.parametrize("add", [add_lora, add_ia3])
-def test_fit_and_evaluate_take_an_adapted_model(add, tiny_data):
+def test_fit_and_evaluate_accept_an_adapted_model(add, tiny_data):
     base = make_tiny_bert()
     body = {name: p.clone() for name, p in base.bert.named_parameters()}
     adapted = add(base)
@@ -241,7 +241,7 @@ def test_the_saved_folder_is_small_and_names_the_classes(tmp_path):
     assert load_adapter(make_tiny_bert(), folder).config.id2label == {0: "bad", 1: "good"}
     numbers = 2 * 2 * 2 * (32 + 32) + 2 * 32 + 2
     assert (folder / "adapter_model.safetensors").stat().st_size < 4 * numbers + 3000
-    with pytest.raises(ValueError, match=r"2 classes \['bad', 'good'\], the model's head for 4"):
+    with pytest.raises(ValueError, match=r"2 classes \['bad', 'good'\], the model's head is for 4"):
         load_adapter(make_tiny_bert(num_labels=4), folder)
     with pytest.raises(ValueError, match="no saved adapter"):
         load_adapter(make_tiny_bert(), tmp_path)
@@ -255,7 +255,7 @@ def test_the_saved_folder_is_small_and_names_the_classes(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "family"), [(GPT2LMHeadModel, "gpt2"), (T5ForConditionalGeneration, "t5"), (BertForMaskedLM, "bert")]
 )
-def test_a_language_model_keeps_its_output_layer_frozen(kind, family, tmp_path):
+def test_the_output_layer_of_a_language_model_stays_frozen(kind, family, tmp_path):
     def make():
         torch.manual_seed(0)
         return kind(copy.deepcopy(CONFIGS[family])).eval()
@@ -285,16 +285,16 @@ def test_a_language_model_keeps_its_output_layer_frozen(kind, family, tmp_path):
         ({"rank": 0}, "rank is 0"),
         ({"rank": 2.0}, "rank is 2.0"),
         ({"alpha": 0}, "alpha is 0"),
-        ({"dropout": 1.0}, "dropout of 1.0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
         ({"name": "a.b"}, "without a dot"),
     ],
 )
-def test_what_can_not_be_is_refused_in_one_line(options, said):
+def test_invalid_arguments_are_refused_in_one_line(options, said):
     model = make_tiny("bert")
     with pytest.raises(ValueError, match=said) as caught:
         add_lora(model, **options)
     assert "\n" not in str(caught.value)
-    assert len(trainable(model)) == len(list(model.parameters()))  # and the model is as it was
+    assert len(trainable(model)) == len(list(model.parameters()))  # the model is unchanged
 
 
 BIASES = {"bert": LAYERS * (4 * WIDTH + INNER + 3 * WIDTH) + 2 * WIDTH, "qwen2": LAYERS * 2 * WIDTH,
@@ -307,13 +307,13 @@ def test_bitfit_trains_the_biases_and_the_head(family):
     assert count_parameters(model)[0] == BIASES[family] + HEADS[family]
 
 
-def test_bitfit_moves_what_it_trains_and_nothing_else():
+def test_bitfit_changes_only_the_weights_that_it_trains():
     model = bitfit(make_tiny_bert())
     start = {name: p.clone() for name, p in model.named_parameters()}
     fit(model, {"train": make_rows(32)}, TrainSettings(lr=0.02, num_epochs=1, precision="fp32"))
     for name, parameter in model.named_parameters():
         moved = not torch.equal(parameter, start[name])
-        # a key's bias adds the same to every score of a row, which softmax takes no notice of
+        # a key's bias adds the same value to every score of a row, which does not change the softmax
         assert moved == (name.endswith("bias") or name == "classifier.weight") or name.endswith("key.bias"), name
 
 

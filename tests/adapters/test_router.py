@@ -1,4 +1,4 @@
-"""The task router: each task trains its own adapters and head, and nothing that another task uses."""
+"""The task router: each task trains only its own adapters and head."""
 
 import copy
 
@@ -36,13 +36,13 @@ def test_every_family_can_be_routed(family):
         disturb(router)
         assert router("sentiment", **inputs).logits.shape == (3, 2)
         assert router("topic", **inputs).logits.shape == (3, 4)
-        assert torch.equal(base(**inputs).logits, before)  # a pass leaves nothing behind
+        assert torch.equal(base(**inputs).logits, before)  # a forward pass does not change the base
     router("topic", **inputs).logits.square().sum().backward()
     for name, parameter in router.named_parameters():
         assert (parameter.grad is not None) == (name.startswith(("adapters.topic.", "heads.topic."))), name
 
 
-def test_a_task_computes_what_a_model_with_its_adapters_and_head_does():
+def test_a_task_computes_the_same_as_a_model_with_its_adapters_and_head():
     base = make_tiny("bert")
     alone = add_adapters(copy.deepcopy(base), 6)
     router = TaskRouter(base, {"a": {"width": 6, "num_labels": 3}, "b": {"width": 6, "num_labels": 3}})
@@ -56,7 +56,7 @@ def test_a_task_computes_what_a_model_with_its_adapters_and_head_does():
         assert not torch.allclose(router("b", **inputs).logits, router("a", **inputs).logits)
 
 
-def test_all_that_trains_is_registered_and_counted_by_the_formula():
+def test_all_trainable_weights_are_registered_and_match_the_formula():
     router = TaskRouter(make_tiny("bert"), TASKS)
     trained = {name: p.numel() for name, p in router.named_parameters() if p.requires_grad}
     assert all(name.startswith(("adapters.", "heads.")) for name in trained)
@@ -67,7 +67,7 @@ def test_all_that_trains_is_registered_and_counted_by_the_formula():
     assert sum(trained.values()) == sum(sizes.values())
 
 
-def test_training_one_task_leaves_the_other_and_the_base_to_the_bit():
+def test_training_one_task_leaves_the_other_and_the_base_bitwise_equal():
     router = TaskRouter(make_tiny_bert(), TASKS)
     base = weights(router.base)
     adapters = {task: weights(router.adapters[task]) for task in TASKS}
@@ -87,7 +87,7 @@ def test_training_one_task_leaves_the_other_and_the_base_to_the_bit():
     assert evaluate(router.for_task("topic"), data["validation"]).probabilities.shape == (20, 4)
 
 
-def test_batches_of_tasks_in_turn_train_each_its_own():
+def test_alternating_batches_train_each_task_alone():
     router = TaskRouter(make_tiny("bert"), TASKS).train()
     optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], lr=0.01)
     for task, other in [("topic", "sentiment"), ("sentiment", "topic")]:
@@ -101,7 +101,7 @@ def test_batches_of_tasks_in_turn_train_each_its_own():
 
 
 class DictRouter(nn.Module):
-    """The mistake: adapters in a plain dict are not the module's."""
+    """The mistake: adapters in a plain dict are not registered in the module."""
 
     def __init__(self, base):
         super().__init__()
@@ -120,7 +120,7 @@ def test_adapters_in_a_plain_dict_train_nothing():
     settings = TrainSettings(lr=0.02, num_epochs=1, warmup=0, precision="fp32")
     with pytest.raises(TrainingError, match="nothing to train"):
         fit(router, data, settings)
-    router.base.classifier.requires_grad_(True)  # with something else that trains, nobody is told
+    router.base.classifier.requires_grad_(True)  # if something else trains, there is no error
     fit(router, data, settings)
     assert same(router.adapters["sentiment"], start)
     router.adapters = nn.ModuleDict(router.adapters)
@@ -128,7 +128,7 @@ def test_adapters_in_a_plain_dict_train_nothing():
     assert not same(router.adapters["sentiment"], start)
 
 
-def test_a_router_is_saved_and_copied_as_a_whole():
+def test_a_router_is_saved_and_copied_as_one_module():
     router = TaskRouter(make_tiny("bert"), TASKS)
     disturb(router)
     other = TaskRouter(make_tiny("bert"), TASKS, seed=1)
@@ -143,7 +143,7 @@ def test_a_router_is_saved_and_copied_as_a_whole():
         assert torch.equal(router("topic", **inputs).logits, expected)
 
 
-def test_a_failed_pass_leaves_the_base_as_it_was():
+def test_a_failed_forward_pass_leaves_the_base_unchanged():
     router = TaskRouter(make_tiny("bert"), TASKS)
     inputs = make_inputs("bert")
     disturb(router)
@@ -154,7 +154,7 @@ def test_a_failed_pass_leaves_the_base_as_it_was():
         assert torch.equal(router.base(**inputs).logits, before)
 
 
-def test_a_view_of_a_task_knows_its_classes_and_mode():
+def test_a_routed_task_has_its_own_number_of_classes_and_the_mode_of_the_base():
     router = TaskRouter(make_tiny("bert"), TASKS)
     assert router.for_task("topic").config.num_labels == 4 and router.base.config.num_labels == 3
     assert not router.for_task("topic").training
@@ -164,20 +164,20 @@ def test_a_view_of_a_task_knows_its_classes_and_mode():
 @pytest.mark.parametrize(
     ("tasks", "said"),
     [
-        ({}, "needs a task"),
-        ({"a.b": {"width": 4, "num_labels": 2}}, "can't be called 'a.b'"),
-        ({"train": {"width": 4, "num_labels": 2}}, "can't be called 'train'"),
-        ({"a": {"width": 4}}, "give width, and num_labels"),
+        ({}, "needs at least one task"),
+        ({"a.b": {"width": 4, "num_labels": 2}}, "can't be named 'a.b'"),
+        ({"train": {"width": 4, "num_labels": 2}}, "can't be named 'train'"),
+        ({"a": {"width": 4}}, "give a width, and num_labels"),
         ({"a": {"width": 4, "num_labels": 1}}, "num_labels of 2 or more"),
         ({"a": {"width": 0, "num_labels": 2}}, "width of an adapter is 0"),
     ],
 )
-def test_tasks_that_can_not_be_are_refused(tasks, said):
+def test_invalid_tasks_are_refused(tasks, said):
     with pytest.raises(ValueError, match=said):
         TaskRouter(make_tiny("bert"), tasks)
 
 
-def test_what_can_not_be_routed_is_refused():
+def test_invalid_calls_and_bases_are_refused():
     router = TaskRouter(make_tiny("bert"), TASKS)
     with pytest.raises(ValueError, match="no task 'topics': choose from sentiment, topic"):
         router("topics", **make_inputs("bert"))

@@ -1,4 +1,4 @@
-"""The Fisher information by layer, against single-row backward passes in float64 and against closed forms."""
+"""The Fisher information by layer, compared with backward passes of single rows in float64 and with closed forms."""
 
 import copy
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ def rows_for_tiny(num_rows: int = 6) -> list[dict[str, object]]:
 
 
 def fisher_by_row(model, rows, kind):
-    """The definition, in float64."""
+    """Compute the Fisher information by its definition, in float64."""
     model = copy.deepcopy(model).double().eval()
     totals = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
     for row in rows:
@@ -42,14 +42,16 @@ def fisher_by_row(model, rows, kind):
 
 def assert_same(ours, expected, tolerance=1e-4):
     assert ours.keys() == expected.keys()
-    least = 1e-6 * max(wanted.norm().item() for wanted in expected.values())  # the bias of a key does not matter at all
+    least = 1e-6 * max(
+        wanted.norm().item() for wanted in expected.values()
+    )  # the exact value for the bias of a key is zero
     for name, wanted in expected.items():
         scale = max(wanted.norm().item(), least)
         assert (ours[name].double() - wanted).norm().item() <= tolerance * scale, name
 
 
 @pytest.mark.parametrize("family", TEXT_CLASSIFIERS)
-def test_every_family_gives_that_of_single_rows(family):
+def test_every_family_gives_the_result_of_single_rows(family):
     model, rows = make_tiny(family), rows_for_tiny()
     assert_same(diagonal_fisher(model, rows, batch_size=4), fisher_by_row(model, rows, "exact"))
 
@@ -61,7 +63,7 @@ def test_the_batch_size_changes_nothing(batch_size):
     assert_same(ours, fisher_by_row(model, rows, "empirical"))
 
 
-def test_it_is_not_the_square_of_the_batch():
+def test_it_is_not_the_squared_gradient_of_the_batch():
     model, rows = make_tiny_bert(), make_rows(32)
     ours = diagonal_fisher(model, rows, "empirical")
     loss = 0
@@ -90,7 +92,7 @@ def softmax_rows(num_rows):
     return [{"x": rng.normal(size=4).tolist(), "labels": int(rng.integers(3))} for _ in range(num_rows)]
 
 
-def test_softmax_regression_has_its_closed_form():
+def test_softmax_regression_gives_its_closed_form():
     model, rows = Softmax(), softmax_rows(40)
     x = torch.tensor([row["x"] for row in rows])
     with torch.no_grad():
@@ -103,7 +105,7 @@ def test_softmax_regression_has_its_closed_form():
     torch.testing.assert_close(empirical, (labels - p).square().mean(0))
 
 
-def test_a_sampled_one_is_the_exact_one_on_average():
+def test_the_mean_of_sampled_ones_is_the_exact_one():
     model, rows = Softmax(), softmax_rows(50)
     exact = diagonal_fisher(model, rows)["layer.weight"]
     draws = [diagonal_fisher(model, rows, "sampled", batch_size=50, seed=seed)["layer.weight"] for seed in range(200)]
@@ -113,7 +115,7 @@ def test_a_sampled_one_is_the_exact_one_on_average():
     assert torch.equal(draws[3], diagonal_fisher(model, rows, "sampled", batch_size=50, seed=3)["layer.weight"])
 
 
-def test_classes_that_a_row_does_not_have_do_not_count():
+def test_masked_classes_do_not_count():
     class Masked(Softmax):
         def forward(self, x):
             return SimpleNamespace(logits=self.layer(x).masked_fill(torch.tensor([False, False, True]), -torch.inf))
@@ -127,14 +129,14 @@ def test_classes_that_a_row_does_not_have_do_not_count():
     assert fisher["layer.weight"][2].eq(0).all()
 
 
-def test_the_model_stays_as_it_is_and_frozen_weights_have_none():
+def test_the_model_stays_unchanged_and_frozen_weights_have_no_fisher_information():
     model, rows = make_tiny_bert(dropout=0.5).train(), make_rows(8)
     model.bert.embeddings.requires_grad_(False)
     model.bert.encoder.layer[0].eval()
     before = {name: weights.clone() for name, weights in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     first, second = diagonal_fisher(model, rows), diagonal_fisher(model, rows)
-    assert all(torch.equal(first[name], second[name]) for name in first)  # in eval mode, without dropout
+    assert all(torch.equal(first[name], second[name]) for name in first)  # computed in eval mode, so without dropout
     assert [module.training for module in model.modules()] == modes
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], weights) for name, weights in model.state_dict().items())
@@ -142,7 +144,7 @@ def test_the_model_stays_as_it_is_and_frozen_weights_have_none():
     assert_same(first, fisher_by_row(model, rows, "exact"))
 
 
-def test_what_has_no_fisher_information_is_refused():
+def test_invalid_kinds_empty_rows_and_frozen_models_are_refused():
     model, rows = make_tiny_bert(), make_rows(4)
     with pytest.raises(ValueError, match="no Fisher information of kind 'true'"):
         diagonal_fisher(model, rows, "true")

@@ -1,4 +1,4 @@
-"""EWC, L2-SP and distillation: zero at the old weights, and off them what the equation says."""
+"""EWC, L2-SP and distillation: zero at the old weights, and equal to their equations elsewhere."""
 
 from types import SimpleNamespace
 
@@ -17,8 +17,8 @@ SETTINGS = TrainSettings(lr=0.01, num_epochs=2, batch_size=8, precision="fp32", 
 
 
 def make_fisher(model, seed):
-    chance = torch.Generator().manual_seed(seed)
-    return {name: torch.rand(p.shape, generator=chance) for name, p in model.named_parameters()}
+    rng = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(p.shape, generator=rng) for name, p in model.named_parameters()}
 
 
 def gradients(model, term):
@@ -28,13 +28,13 @@ def gradients(model, term):
 
 
 def assert_same_gradients(model, ours, expected):
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)  # sums of 50,000 numbers in another order
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)  # 50,000 numbers are summed in another order
     wanted = gradients(model, expected)
     for name, grad in gradients(model, ours).items():
         torch.testing.assert_close(grad, wanted[name], msg=name)
 
 
-def test_ewc_is_the_equation():
+def test_ewc_equals_its_equation():
     model = make_tiny_bert()
     fisher, old = make_fisher(model, 0), snapshot(model)
     penalty = EWC(3.0)
@@ -47,14 +47,14 @@ def test_ewc_is_the_equation():
     assert_same_gradients(model, penalty(model, {}, None), expected)
 
 
-def test_ewc_of_several_tasks_is_the_sum_of_theirs():
+def test_ewc_of_several_tasks_is_the_sum_over_the_tasks():
     model = make_tiny_bert()
     penalty, remembered = EWC(2.0), []
     for seed in range(3):
         fisher = make_fisher(model, seed)
-        fisher["classifier.bias"].zero_()  # nobody asks for it
+        fisher["classifier.bias"].zero_()  # no task pulls at it
         if seed == 0:
-            del fisher["classifier.weight"]  # a head that comes with the second task
+            del fisher["classifier.weight"]  # a head that is new with the second task
         penalty.remember(model, fisher)
         remembered.append((fisher, snapshot(model)))
         disturb(model)
@@ -66,7 +66,7 @@ def test_ewc_of_several_tasks_is_the_sum_of_theirs():
     assert_same_gradients(model, penalty(model, {}, None), expected)
 
 
-def test_online_ewc_keeps_the_latest_weights_and_lets_the_old_information_fade():
+def test_online_ewc_pulls_towards_the_latest_weights_and_lets_old_information_decay():
     model = make_tiny_bert()
     first, second = make_fisher(model, 0), make_fisher(model, 1)
     penalty = EWC(2.0, decay=0.9)
@@ -82,7 +82,7 @@ def test_online_ewc_keeps_the_latest_weights_and_lets_the_old_information_fade()
     assert_same_gradients(model, penalty(model, {}, None), expected)
 
 
-def test_l2sp_is_the_equation():
+def test_l2sp_equals_its_equation():
     model = make_tiny_bert()
     new = ["classifier.weight", "classifier.bias"]
     old = snapshot(model)
@@ -96,8 +96,8 @@ def test_l2sp_is_the_equation():
     assert_same_gradients(model, penalty(model, {}, None), expected)
 
 
-@pytest.mark.parametrize("make", [lambda m: L2SP(m, 1.0), lambda m: remembering(m)])
-def test_frozen_weights_are_not_asked_for(make):
+@pytest.mark.parametrize("make", [lambda m: L2SP(m, 1.0), lambda m: make_ewc(m)])
+def test_frozen_weights_are_not_penalised(make):
     model = make_tiny_bert()
     penalty = make(model)
     model.bert.requires_grad_(False)
@@ -106,13 +106,13 @@ def test_frozen_weights_are_not_asked_for(make):
     assert penalty(model, {}, None) == 0
 
 
-def remembering(model, strength=1.0):
+def make_ewc(model, strength=1.0):
     penalty = EWC(strength)
     penalty.remember(model, make_fisher(model, 0))
     return penalty
 
 
-def test_distillation_is_torchs_divergence():
+def test_distillation_equals_the_divergence_of_torch():
     torch.manual_seed(0)
     model, temperature = nn.Linear(1, 1), 3.0
     old, new = 2 * torch.randn(5, 4), (2 * torch.randn(5, 4)).requires_grad_()
@@ -123,7 +123,7 @@ def test_distillation_is_torchs_divergence():
     assert expected > 0
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(torch.autograd.grad(ours, new)[0], torch.autograd.grad(expected, new)[0])
-    same = penalty(model, {"old_logits": old}, SimpleNamespace(logits=old + 2))  # a softmax does not see a shift
+    same = penalty(model, {"old_logits": old}, SimpleNamespace(logits=old + 2))  # a softmax ignores a shift
     assert same.item() == pytest.approx(0, abs=1e-6)
 
 
@@ -139,15 +139,15 @@ def test_each_head_has_its_own_softmax_and_masked_classes_do_not_matter():
     alone = Distillation(model)(model, {"old_logits": old[:, :2]}, SimpleNamespace(logits=new[:, :2]))
     assert value > 0
     torch.testing.assert_close(value, alone)
-    torch.testing.assert_close(both(model, {"old_logits": old}, outputs), value)  # a softmax of one class is sure
+    torch.testing.assert_close(both(model, {"old_logits": old}, outputs), value)  # a softmax over one class is constant
 
 
-def test_old_logits_are_what_the_model_says():
+def test_old_logits_are_the_logits_of_the_model():
     model, rows = make_tiny_bert(dropout=0.5).train(), make_rows(9)
-    said = add_old_logits(model, rows, batch_size=4)
+    extended = add_old_logits(model, rows, batch_size=4)
     assert model.training
     model.eval()
-    for row, with_logits in zip(rows, said, strict=True):
+    for row, with_logits in zip(rows, extended, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
         torch.testing.assert_close(torch.tensor(with_logits.pop("old_logits")), logits, atol=1e-5, rtol=1e-4)
@@ -158,14 +158,14 @@ def test_old_logits_are_what_the_model_says():
 
 
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "distilbert"])
-def test_a_network_is_not_given_the_old_logits(family):
+def test_a_network_does_not_receive_the_old_logits(family):
     model = make_tiny(family)
     rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": 0}] * 4
     penalty = Distillation(model, 5.0)
-    said = add_old_logits(model, rows)
+    extended = add_old_logits(model, rows)
     before = evaluate(model, rows)
-    assert evaluate(model, said).loss == before.loss
-    fit(model, {"train": said}, SETTINGS, penalties=[penalty])
+    assert evaluate(model, extended).loss == before.loss
+    fit(model, {"train": extended}, SETTINGS, penalties=[penalty])
     assert evaluate(model, rows).loss != before.loss
 
 
@@ -176,20 +176,20 @@ def test_distillation_without_old_logits_says_what_to_do():
 
 
 @pytest.mark.parametrize("kind", ["ewc", "l2sp", "distillation"])
-def test_each_works_alone_with_fit(kind):
-    """Strength 0 changes nothing, and the stronger it is, the nearer the model stays to what it was."""
+def test_each_penalty_works_alone_with_fit(kind):
+    """With strength 0 nothing changes; the greater the strength, the closer the model stays to its start."""
     moved = []
     for strength in (None, 0.0, 0.3, 30.0):
         model = make_tiny_bert(dropout=0)
         rows, old, penalties = make_rows(32), snapshot(model), []
-        said = add_old_logits(model, rows)
+        extended = add_old_logits(model, rows)
         if strength is not None:
-            makers = {"ewc": remembering, "l2sp": L2SP, "distillation": Distillation}
-            penalties, rows = [makers[kind](model, strength)], said if kind == "distillation" else rows
+            makers = {"ewc": make_ewc, "l2sp": L2SP, "distillation": Distillation}
+            penalties, rows = [makers[kind](model, strength)], extended if kind == "distillation" else rows
         fit(model, {"train": rows}, SETTINGS, penalties=penalties)
         if kind == "distillation":
             now = torch.tensor([row["old_logits"].tolist() for row in add_old_logits(model, make_rows(32))])
-            before = torch.tensor([row["old_logits"].tolist() for row in said])
+            before = torch.tensor([row["old_logits"].tolist() for row in extended])
             moved.append((now.log_softmax(-1) - before.log_softmax(-1)).norm().item())
         else:
             moved.append(weight_distance(model, old))
@@ -198,7 +198,7 @@ def test_each_works_alone_with_fit(kind):
     assert plain > some > much
 
 
-def test_averaging_goes_from_new_to_old():
+def test_averaging_moves_the_weights_from_new_to_old():
     model = make_tiny_bert()
     old = snapshot(model)
     assert weight_distance(model, old) == 0
@@ -217,7 +217,7 @@ def test_averaging_goes_from_new_to_old():
 
 def test_numbers_out_of_range_are_refused():
     model = make_tiny_bert()
-    with pytest.raises(ValueError, match="strength of EWC is -1"):
+    with pytest.raises(ValueError, match="strength of EWC is -1: give a number of at least 0"):
         EWC(-1)
     with pytest.raises(ValueError, match="decay of EWC is 2"):
         EWC(1, decay=2)
@@ -225,7 +225,7 @@ def test_numbers_out_of_range_are_refused():
         L2SP(model, -1)
     with pytest.raises(ValueError, match=r"no parameter 'head\.weight'"):
         L2SP(model, 1, new=["head.weight"])
-    with pytest.raises(ValueError, match="temperature 0"):
+    with pytest.raises(ValueError, match="temperature is 0"):
         Distillation(model, temperature=0)
     with pytest.raises(ValueError, match=r"share of the old weights is 1.5"):
         average_weights(model, {}, 1.5)

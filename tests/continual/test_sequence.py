@@ -1,4 +1,4 @@
-"""Sequences of tiny tasks: what a strategy keeps, what the matrix says, and that a killed one comes to the same end."""
+"""Sequences of tiny tasks: what each strategy trains and preserves, and what a run records."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_naive_is_fit_on_one_task_after_the_other(kind):
 def test_every_strategy_learns_every_kind_of_sequence(name):
     for kind in KINDS:
         if (name, kind) == ("lora_per_task", "growing"):
-            with pytest.raises(ValueError, match="needs to know a row's task"):
+            with pytest.raises(ValueError, match="needs the task of each row, and a growing head does not know it"):
                 run_one(make_strategy(name), kind)
             continue
         _, run = run_one(make_strategy(name), kind)
@@ -76,30 +76,30 @@ def test_every_strategy_learns_every_kind_of_sequence(name):
         assert steps == ([18, 0, 0] if name == "joint" else [6, 6, 6])
 
 
-def test_nothing_is_forgotten_where_nothing_is_shared():
+def test_nothing_is_forgotten_if_nothing_is_shared():
     for name in ("frozen", "lora_per_task"):
         _, run = run_one(make_strategy(name))
         for task in range(3):
-            just, *later = (stage[task].predictions for stage in run.evaluations["test"][task + 1 :])
-            assert all(np.array_equal(predictions, just) for predictions in later), name
+            first, *later = (stage[task].predictions for stage in run.evaluations["test"][task + 1 :])
+            assert all(np.array_equal(predictions, first) for predictions in later), name
         changed = [
             not np.array_equal(before.predictions, last.predictions)
             for before, last in zip(run.evaluations["test"][0], run.evaluations["test"][-1], strict=True)
         ]
-        assert any(changed), name  # it does learn
+        assert any(changed), name  # the model does learn
 
 
-def test_heads_that_are_not_trained_stay_to_the_bit():
+def test_heads_that_are_not_trained_stay_bitwise_the_same():
     sequence = make_sequence()
     model = make_model(sequence)
     start = snapshot(model)
     learn_sequence(model, encode(sequence), LowRate(1e-6), SETTINGS.model_copy(update={"weight_decay": 0.5}))
-    # of the later tasks only the heads have had a rate too low to see, the first one's has stayed since
+    # later heads barely change at their very low rate; the first head is frozen after its own task
     alone = make_model(sequence)
-    fit_first = {"train": encode(sequence)[0]["train"]}
+    first_task = {"train": encode(sequence)[0]["train"]}
     for name, head in alone.head_parameters().items():
         alone.get_parameter(name).requires_grad_(head == "head 0")
-    fit(alone, fit_first, SETTINGS.model_copy(update={"weight_decay": 0.5}))
+    fit(alone, first_task, SETTINGS.model_copy(update={"weight_decay": 0.5}))
     for name, head in model.head_parameters().items():
         if head == "head 0":
             assert torch.equal(model.get_parameter(name), alone.get_parameter(name))
@@ -107,7 +107,7 @@ def test_heads_that_are_not_trained_stay_to_the_bit():
             torch.testing.assert_close(model.get_parameter(name).detach(), start[name], atol=1e-4, rtol=1e-3)
 
 
-def test_the_joint_matrix_has_one_row():
+def test_all_rows_of_the_joint_matrix_are_the_same():
     _, run = run_one(make_strategy("joint"))
     matrix = run.matrix()
     assert (matrix.R[1:] == matrix.R[0]).all()
@@ -123,42 +123,42 @@ def test_the_joint_matrix_has_one_row():
         (lambda: WiSEFT(0.0), lambda: WiSEFT(0.9)),
     ],
 )
-def test_the_stronger_the_nearer_to_the_first_task(weak, strong):
+def test_a_stronger_strategy_stays_closer_to_the_first_task(weak, strong):
     plain, naive = run_one(Strategy())
     none, _ = run_one(weak())
     for name, weights in body(plain).items():
         torch.testing.assert_close(body(none)[name], weights, atol=1e-5, rtol=1e-4)
     much, run = run_one(strong())
-    assert run.distances[0] == pytest.approx(naive.distances[0])  # on the first task there is nothing to hold to
+    assert run.distances[0] == pytest.approx(naive.distances[0])  # the first task is not penalised
     assert run.distances[-1] - run.distances[0] < 0.5 * (naive.distances[-1] - naive.distances[0])
     assert weight_distance(much, body(plain)) > 0
 
 
 def old_head_on_new_rows(strength):
-    """How the first head's probabilities on the second task's rows change while that is learned, and its weights."""
+    """Measure how far the first head's probabilities on new rows move, on average, and whether its weights change."""
     sequence = make_sequence()
-    tasks, model, said, heads = encode(sequence), make_model(sequence, dropout=0), {}, {}
+    tasks, model, probabilities, heads = encode(sequence), make_model(sequence, dropout=0), {}, {}
 
     class Watched(LwF):
         def before(self, stage):
             logits = [row["old_logits"][:2] for row in add_old_logits(stage.model, tasks[1]["train"])]
-            said[stage.index] = torch.tensor(np.array(logits)).softmax(-1)
+            probabilities[stage.index] = torch.tensor(np.array(logits)).softmax(-1)
             heads[stage.index] = snapshot(stage.model)
             super().before(stage)
 
     learn_sequence(model, tasks, Watched(strength), SETTINGS.model_copy(update={"num_epochs": 5}))
     name = next(name for name, head in model.head_parameters().items() if head == "head 0")
-    return (said[2] - said[1]).abs().mean().item(), not torch.equal(heads[1][name], heads[2][name])
+    return (probabilities[2] - probabilities[1]).abs().mean().item(), not torch.equal(heads[1][name], heads[2][name])
 
 
-def test_distillation_holds_old_heads_to_what_they_said_of_new_rows_and_trains_them():
+def test_distillation_preserves_predictions_of_old_heads_on_new_rows_and_trains_these_heads():
     free, _ = old_head_on_new_rows(0.0)
     held, trained = old_head_on_new_rows(10.0)
     assert held < 0.7 * free
     assert trained
 
 
-def test_groups_on_top_train_with_the_heads():
+def test_the_topmost_layer_groups_train_with_the_heads():
     sequence = make_sequence()
     for groups, moved in [(0, set()), (1, {"pooler"}), (2, {"pooler", "layer.1"})]:
         model = make_model(sequence)
@@ -166,7 +166,9 @@ def test_groups_on_top_train_with_the_heads():
         learn_sequence(model, encode(sequence), Frozen(groups), SETTINGS)
         changed = {name for name, weights in body(model).items() if not torch.equal(weights, start[name])}
         assert {part for part in ("embeddings", "layer.0", "layer.1", "pooler") for n in changed if part in n} == moved
-    with pytest.raises(ValueError, match="has 4 groups, and 5 are to train"):
+    with pytest.raises(
+        ValueError, match="has 4 layer groups, and 5 of them cannot be trained: give a number from 0 to 4"
+    ):
         run_one(Frozen(5))
 
 
@@ -184,7 +186,7 @@ def test_an_interrupted_task_ends_the_sequence():
         run_one(Interrupted())
 
 
-def test_several_splits_are_measured():
+def test_several_splits_are_evaluated():
     _, run = run_one(Strategy(), splits=("validation", "test"))
     assert [len(part.labels) for part in run.evaluations["validation"][0]] == [8, 8, 8]
     assert [len(part.labels) for part in run.evaluations["test"][0]] == [12, 12, 12]
@@ -192,10 +194,10 @@ def test_several_splits_are_measured():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_model_in_the_end_is_measured_on_all_tasks_together(kind):
+def test_the_final_model_is_evaluated_on_all_tasks_together(kind):
     model, run = run_one(Strategy(), kind)
     together = run.evaluation()
-    assert together.accuracy == pytest.approx(run.matrix().average_accuracy)  # all tasks have as many rows
+    assert together.accuracy == pytest.approx(run.matrix().average_accuracy)  # all tasks have equally many rows
     assert len(together.labels) == 36
     expected = evaluate(model, [row for task in encode(make_sequence(kind)) for row in task["test"]])
     assert np.array_equal(together.labels, expected.labels)
@@ -203,7 +205,7 @@ def test_the_model_in_the_end_is_measured_on_all_tasks_together(kind):
     assert together.loss == pytest.approx(expected.loss, abs=1e-5)
 
 
-def test_the_histories_are_one_history_and_callbacks_see_each_task():
+def test_histories_are_joined_into_one_and_callbacks_see_each_task():
     class Counter(Callback):
         starts = steps = 0
 
@@ -223,12 +225,12 @@ def test_the_histories_are_one_history_and_callbacks_see_each_task():
     assert run.history.ended == "finished"
 
 
-def test_what_can_not_be_learned_is_refused():
+def test_invalid_tasks_settings_and_strategies_are_refused():
     sequence = make_sequence()
     tasks = encode(sequence)
     with pytest.raises(ValueError, match="is for 3 tasks, not 2"):
         learn_sequence(make_model(sequence), tasks[:2], Strategy(), SETTINGS)
-    with pytest.raises(ValueError, match="task 0 has no rows of the split 'dev'"):
+    with pytest.raises(ValueError, match="task 0 has no rows in the split 'dev'"):
         run_one(Strategy(), splits=("dev",))
     with pytest.raises(ValueError, match="label_smoothing"):
         run_one(Strategy(), settings=SETTINGS.model_copy(update={"label_smoothing": 0.1}))
@@ -236,5 +238,5 @@ def test_what_can_not_be_learned_is_refused():
         make_strategy("ewk")
     with pytest.raises(ValueError, match="naive has no strength"):
         make_strategy("naive", 1.0)
-    with pytest.raises(ValueError, match="multiplied by 0"):
+    with pytest.raises(ValueError, match="factor on the learning rate is 0: give"):
         LowRate(0)

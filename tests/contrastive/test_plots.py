@@ -1,4 +1,4 @@
-"""Figures of images and texts: their numbers, their words, what is drawn where."""
+"""Figures of images and texts: numbers, labels and positions."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,20 +27,20 @@ FIGURES = {
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Draws a figure and gives its axes, which stay open until the test ends."""
-    seen = []
+    """A function that draws a figure and returns its axes, which stay open until the test ends."""
+    figures = []
 
     def draw(name: str) -> list[plt.Axes]:
-        monkeypatch.setattr(contrastive_plots, "Figure", lambda figure, alt, table: seen.append(figure))
+        monkeypatch.setattr(contrastive_plots, "Figure", lambda figure, alt, table: figures.append(figure))
         FIGURES[name]()
-        return seen[-1].axes
+        return figures[-1].axes
 
     yield draw
     plt.close("all")
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_nothing_stays_open_and_axes_are_labelled(name, drawn):
+def test_no_figure_stays_open_and_axes_are_labelled(name, drawn):
     assert isinstance(FIGURES[name](), plots.Figure)
     assert not plt.get_fignums()
     if name != "gallery":
@@ -48,7 +48,7 @@ def test_nothing_stays_open_and_axes_are_labelled(name, drawn):
         assert ax.get_xlabel() and ax.get_ylabel() and all(bar.get_ylabel() == "cosine" for bar in bars)
 
 
-def test_a_gallery_has_each_image_over_its_caption(drawn):
+def test_a_gallery_shows_each_image_above_its_caption(drawn):
     figure = FIGURES["gallery"]()
     assert figure.alt == f"Gallery of 3 images: {'; '.join(CAPTIONS)}."
     assert figure.table["caption"].tolist() == CAPTIONS
@@ -59,7 +59,7 @@ def test_a_gallery_has_each_image_over_its_caption(drawn):
         assert ax.texts[0].get_text().replace("\n", " ") == caption
 
 
-def test_titles_of_a_gallery_are_told_and_must_be_as_many():
+def test_a_gallery_names_its_titles_and_refuses_a_wrong_number_of_them():
     figure = contrastive_plots.gallery(PAIRS, titles=["query", "first", "second"])
     assert "first: a dog" in figure.alt and figure.table["title"].tolist() == ["query", "first", "second"]
     with pytest.raises(ValueError, match="2 titles for 3 images"):
@@ -71,7 +71,7 @@ def test_titles_of_a_gallery_are_told_and_must_be_as_many():
     assert "and 2 more" in contrastive_plots.gallery(many).alt
 
 
-def test_a_heat_map_has_texts_by_row_and_images_by_column(drawn):
+def test_a_heat_map_has_a_row_per_text_and_a_column_per_image(drawn):
     figure = FIGURES["similarity"]()
     assert figure.table.to_numpy().tolist() == SIMILARITIES.tolist()
     assert figure.table.index.tolist() == figure.table.columns.tolist() == CAPTIONS
@@ -80,27 +80,27 @@ def test_a_heat_map_has_texts_by_row_and_images_by_column(drawn):
     assert [label.get_text() for label in ax.get_yticklabels()] == [CAPTIONS[0], f"{CAPTIONS[1][:31]}…", CAPTIONS[2]]
     assert [text.get_text() for text in ax.texts[:3]] == ["0.90", "0.20", "0.10"]
     assert ax.texts[7].get_text() == "0.00"  # not -0.00
-    heads = [artist for artist in ax.artists if isinstance(artist, AnnotationBbox)]
-    assert [head.xy[0] for head in heads] == [0, 1, 2]
-    assert all(np.array_equal(h.offsetbox.get_data(), p) for h, p in zip(heads, PAIRS.images, strict=True))
+    images = [artist for artist in ax.artists if isinstance(artist, AnnotationBbox)]
+    assert [image.xy[0] for image in images] == [0, 1, 2]
+    assert all(np.array_equal(i.offsetbox.get_data(), p) for i, p in zip(images, PAIRS.images, strict=True))
     assert [patch.get_center().tolist() for patch in ax.patches] == [[i, i] for i in range(3)]
 
 
 def test_a_large_heat_map_has_no_numbers_and_keeps_its_limits(monkeypatch):
-    seen = []
-    monkeypatch.setattr(contrastive_plots, "Figure", lambda figure, alt, table: seen.append(figure))
+    figures = []
+    monkeypatch.setattr(contrastive_plots, "Figure", lambda figure, alt, table: figures.append(figure))
     contrastive_plots.similarity(np.eye(9), PAIRS.take([0] * 9), limits=(-1, 2))
-    ax = seen[0].axes[0]
+    ax = figures[0].axes[0]
     assert not ax.texts and ax.images[0].get_clim() == (-1, 2)
     plt.close("all")
 
 
-def test_similarities_of_other_pairs_are_refused():
+def test_similarities_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="3 × 3"):
         contrastive_plots.similarity(np.eye(2), PAIRS)
 
 
-def test_a_projection_keeps_what_lies_in_a_plane():
+def test_a_projection_keeps_distances_in_a_plane():
     plane = np.linalg.qr(RNG.normal(size=(16, 2)))[0].T
     text, image = contrastive_plots.project(TEXT @ plane, IMAGE @ plane)
     assert text.shape == image.shape == (2, 2)
@@ -109,9 +109,9 @@ def test_a_projection_keeps_what_lies_in_a_plane():
     assert np.abs(text[:, 0] - image[:, 0]) == pytest.approx([3, 3])  # the first direction differs most
 
 
-def test_a_map_joins_each_pair(drawn):
+def test_a_map_joins_the_text_and_the_image_of_each_pair(drawn):
     figure = FIGURES["space"]()
-    assert "2 pairs" in figure.alt and "3.00 apart" in figure.alt
+    assert "2 pairs" in figure.alt and "are 3.00 apart; a text and its own image are 3.00 apart" in figure.alt
     assert figure.table.loc[CAPTIONS[1]].tolist() == [0, 2, 3, 2]
     (ax,) = drawn("space")
     assert [line.get_xydata().tolist() for line in ax.lines[:2]] == [[[0, 0], [3, 0]], [[0, 2], [3, 2]]]
@@ -122,7 +122,7 @@ def test_a_map_joins_each_pair(drawn):
         contrastive_plots.space(TEXT, IMAGE[:1])
 
 
-def test_recall_is_a_line_a_rank_in_the_order_of_the_values(drawn):
+def test_recall_is_one_line_per_rank_in_the_order_of_the_values(drawn):
     figure = FIGURES["recall"]()
     assert figure.table["recall at 5"].to_dict() == {16: 0.2, 64: 0.6}
     assert "recall at 1: 16 0.10, 64 0.30;" in figure.alt and "guessing, at 5: 0.05" in figure.alt

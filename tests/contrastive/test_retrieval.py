@@ -13,8 +13,8 @@ from ftkit.metrics import Evaluation, bootstrap_interval
 
 SIMILARITIES = np.array(
     [
-        [0.9, 0.1, 0.2, 0.3],  # right at once
-        [0.5, 0.4, 0.3, 0.6],  # two go before
+        [0.9, 0.1, 0.2, 0.3],  # correct image first
+        [0.5, 0.4, 0.3, 0.6],  # two images before it
         [0.7, 0.0, 0.7, 0.1],  # a tie
         [0.4, 0.3, 0.2, 0.1],  # last
     ],
@@ -22,7 +22,7 @@ SIMILARITIES = np.array(
 )
 
 
-def test_ranks_by_hand() -> None:
+def test_ranks_equal_those_counted_by_hand() -> None:
     found = Retrieval(SIMILARITIES, np.arange(4), 1.5)
     assert found.ranks.tolist() == [1, 3, 2, 4]
     assert found.found(2).tolist() == [True, False, True, False]
@@ -32,32 +32,32 @@ def test_ranks_by_hand() -> None:
     assert found.ci95 == bootstrap_interval([1, 0, 0, 0])
 
 
-def test_turned_ranks_texts_by_columns() -> None:
+def test_turned_ranks_the_texts_for_each_image() -> None:
     found = Retrieval(SIMILARITIES, np.arange(4), 1.5)
-    assert found.turned.ranks.tolist() == [1, 1, 1, 4]  # of the last image all other texts are more like it
+    assert found.turned.ranks.tolist() == [1, 1, 1, 4]  # the text of the last image is the least similar one
     assert found.turned.loss == 1.5
     assert found.turned.turned.ranks.tolist() == found.ranks.tolist()
 
 
-def test_any_image_of_the_group_is_right() -> None:
+def test_any_image_of_the_group_is_correct() -> None:
     found = Retrieval(SIMILARITIES, np.array([0, 1, 2, 1]), 0.0)
     assert found.ranks.tolist() == [1, 1, 2, 2]
     assert Retrieval(SIMILARITIES, np.zeros(4, dtype=int), 0.0).ranks.tolist() == [1, 1, 1, 1]
 
 
-def test_scores_are_named_and_told() -> None:
+def test_scores_have_names_and_are_shown() -> None:
     found = Retrieval(SIMILARITIES, np.arange(4), 1.5)
     assert found.scores == {
         "recall_at_1": 0.25, "recall_at_5": 1.0, "recall_at_10": 1.0, "median_rank": 2.5, "loss": 1.5,
     }  # fmt: skip
     assert repr(found) == (
         "text to image, recall at 1, 5, 10: 0.250, 1.000, 1.000; median rank 2.5; "
-        "image to text, recall at 1, 5, 10: 0.750, 1.000, 1.000; median rank 1 (of 4)"
+        "image to text, recall at 1, 5, 10: 0.750, 1.000, 1.000; median rank 1 (4 images)"
     )
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, np.nan])
-def test_a_model_that_tells_nothing_apart_ranks_last(value: float) -> None:
+def test_a_model_that_cannot_tell_images_apart_ranks_the_correct_one_last(value: float) -> None:
     found = Retrieval(np.full((20, 20), value, dtype=np.float32), np.arange(20), 0.0)
     assert found.ranks.tolist() == [20] * 20
     assert found.accuracy == 0
@@ -75,7 +75,7 @@ def test_scores_of_a_classifier() -> None:
 
 
 class FixedTexts:
-    """Gives the embeddings written down here, and notes what it was asked."""
+    """A model with fixed embeddings and a fixed temperature."""
 
     temperature = 0.5
     table = {"a": [3.0, 0.0], "the a": [0.0, 1.0], "b": [0.0, -2.0], "the b": [0.0, -1.0]}  # noqa: RUF012
@@ -84,10 +84,10 @@ class FixedTexts:
         return torch.tensor([self.table[text] for text in texts])
 
 
-def test_class_embeddings_by_hand() -> None:
+def test_class_embeddings_equal_those_by_hand() -> None:
     one = class_embeddings(FixedTexts(), ["a", "b"])
     torch.testing.assert_close(one, torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
-    # normalised before the mean: the longer one weighs no more
+    # normalised before the mean, so a longer embedding has no more weight
     several = class_embeddings(FixedTexts(), ["a", "b"], ["{}", "the {}"])
     half = math.sqrt(0.5)
     torch.testing.assert_close(several, torch.tensor([[half, half], [0.0, -1.0]]))
@@ -95,7 +95,7 @@ def test_class_embeddings_by_hand() -> None:
         class_embeddings(FixedTexts(), ["a"], ["{}", "the name"])
 
 
-def test_class_embeddings_of_a_model_do_not_depend_on_their_neighbours() -> None:
+def test_class_embeddings_do_not_depend_on_the_other_classes() -> None:
     model = make_towers()
     both = class_embeddings(model, ["w5", "w6 w7 w8"], ["w3 {}"])
     expected = torch.nn.functional.normalize(model.encode_texts(["w3 w6 w7 w8"]), dim=-1)
@@ -103,10 +103,10 @@ def test_class_embeddings_of_a_model_do_not_depend_on_their_neighbours() -> None
     assert both.shape == (2, 8)
 
 
-def test_zero_shot_by_hand() -> None:
+def test_zero_shot_equals_the_result_by_hand() -> None:
     classes = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     found = zero_shot(FixedTexts(), torch.tensor([[5.0, 0.0], [3.0, 4.0], [0.0, 0.1]]), [0, 0, 1], classes)
-    odds = np.exp(np.array([1.0, -0.2, -1.0]) / 0.5)  # cosines' difference over the temperature
+    odds = np.exp(np.array([1.0, -0.2, -1.0]) / 0.5)  # difference of the cosines, over the temperature
     expected = odds / (1 + odds)
     np.testing.assert_allclose(found.probabilities[:, 0], expected, rtol=1e-6)
     assert found.predictions.tolist() == [0, 1, 1]
@@ -124,21 +124,21 @@ def test_linear_probe_equals_scikit_learn() -> None:
     (train, labels), (test, test_labels) = make_features(0), make_features(1)
     found = linear_probe(torch.from_numpy(train), labels, torch.from_numpy(test), test_labels, 3)
     mean, deviation = train.mean(0), train.std(0)
-    theirs = LogisticRegression(max_iter=1000).fit((train - mean) / deviation, labels)
-    expected = theirs.predict_proba((test - mean) / deviation)
+    reference = LogisticRegression(max_iter=1000).fit((train - mean) / deviation, labels)
+    expected = reference.predict_proba((test - mean) / deviation)
     np.testing.assert_allclose(found.probabilities, expected, atol=1e-6)
     assert found.loss == pytest.approx(log_loss(test_labels, expected), abs=1e-6)
-    assert 0.5 < found.accuracy == theirs.score((test - mean) / deviation, test_labels)
+    assert 0.5 < found.accuracy == reference.score((test - mean) / deviation, test_labels)
 
 
-def test_linear_probe_of_test_rows_without_some_class() -> None:
+def test_linear_probe_accepts_test_rows_that_lack_a_class() -> None:
     (train, labels), (test, test_labels) = make_features(0), make_features(1)
     found = linear_probe(train, labels, test[test_labels == 1], test_labels[test_labels == 1], 3)
     assert found.probabilities.shape == (20, 3)
     assert found.loss == pytest.approx(-np.log(found.probabilities[:, 1]).mean())
 
 
-def test_linear_probe_refuses_a_class_without_training_row() -> None:
+def test_linear_probe_refuses_a_class_without_training_rows() -> None:
     train, labels = make_features(0)
     with pytest.raises(ValueError, match=r"no training row of the classes \[1, 3\]"):
         linear_probe(train[labels != 1], labels[labels != 1], train, labels, 4)
@@ -147,8 +147,8 @@ def test_linear_probe_refuses_a_class_without_training_row() -> None:
 # Geometry ---------------------------------------------------------------------------------------------------
 
 
-def test_geometry_of_known_points() -> None:
-    east, north = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 3.0]])  # they are normalised
+def test_measures_of_the_space_for_known_points() -> None:
+    east, north = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 3.0]])  # normalised by the functions
     poles = torch.tensor([[0.0, 5.0], [0.0, -1.0]])
     assert modality_gap(east, -east) == pytest.approx(2)
     assert modality_gap(east, north) == pytest.approx(math.sqrt(2))
@@ -164,7 +164,7 @@ def test_geometry_of_known_points() -> None:
 
 
 def test_zero_shot_and_retrieval_agree_on_a_model() -> None:
-    """Each caption as a class of its own: the nearest class of an image is the text that it ranks first."""
+    """With each caption as a class of its own, the predicted class of an image is the text that it ranks first."""
     model, pairs = make_towers(), make_pairs(12)
     image = model.encode_images(pairs.images)
     classes = class_embeddings(model, pairs.captions)

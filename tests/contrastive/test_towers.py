@@ -29,12 +29,12 @@ SCALE = torch.tensor(2.0)
 
 
 def make_embeddings(number: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
-    chance = torch.Generator().manual_seed(seed)
-    return torch.randn(number, 5, generator=chance), torch.randn(number, 5, generator=chance)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(number, 5, generator=generator), torch.randn(number, 5, generator=generator)
 
 
 def by_hand(logits: np.ndarray, negatives: np.ndarray) -> float:
-    """The CLIP loss in float64, row by row and column by column; ``negatives`` says which combinations count."""
+    """The CLIP loss in float64, row by row and column by column; ``negatives`` masks the combinations that count."""
     counted = negatives | np.eye(len(logits), dtype=bool)
     losses = []
     for scores, mask in ((logits, counted), (logits.T, counted.T)):
@@ -60,7 +60,7 @@ def gradients(model: TwoTowers) -> dict[str, Tensor]:
 # The losses -------------------------------------------------------------------------------------------------
 
 
-def test_clip_loss_equals_transformers_and_float64() -> None:
+def test_clip_loss_equals_that_of_transformers_and_one_in_float64() -> None:
     text, image = make_embeddings()
     loss = clip_loss(text, image, SCALE)
     logits = SCALE.exp() * F.normalize(text) @ F.normalize(image).T
@@ -70,7 +70,7 @@ def test_clip_loss_equals_transformers_and_float64() -> None:
     assert clip_loss(3 * text, image / 7, SCALE).item() == pytest.approx(loss.item(), rel=1e-6)
 
 
-def test_losses_of_dot_products() -> None:
+def test_losses_without_normalising_use_dot_products() -> None:
     text, image = make_embeddings()
     logits = SCALE.exp() * text @ image.T
     torch.testing.assert_close(clip_loss(text, image, SCALE, normalise=False), image_text_contrastive_loss(logits))
@@ -85,7 +85,7 @@ def test_clip_loss_of_equal_embeddings_is_ln_b(number: int) -> None:
     assert clip_loss(same, same, torch.tensor(4.6)).item() == pytest.approx(math.log(number), abs=1e-5)
 
 
-def test_pairs_of_one_group_are_no_negatives() -> None:
+def test_pairs_of_one_group_are_not_negatives() -> None:
     text, image = make_embeddings()
     groups = torch.tensor([7, 1, 7, 2, 1, 7])
     negatives = (groups[:, None] != groups).numpy()
@@ -102,13 +102,13 @@ def test_a_batch_of_one_group_has_a_finite_loss_and_gradient(kind: str) -> None:
     bias = torch.tensor(-1.0)
     loss = clip_loss(text, image, SCALE, groups) if kind == "clip" else siglip_loss(text, image, SCALE, groups, bias)
     loss.backward()
-    right = torch.tensor(logits_by_hand(text.detach(), image.detach()).diagonal() - 1)
-    expected = 0 if kind == "clip" else F.softplus(-right).mean().item()
+    own_logits = torch.tensor(logits_by_hand(text.detach(), image.detach()).diagonal() - 1)
+    expected = 0 if kind == "clip" else F.softplus(-own_logits).mean().item()
     assert loss.item() == pytest.approx(expected, abs=1e-5)
     assert text.grad.isfinite().all() and image.grad.isfinite().all()
 
 
-def test_siglip_loss_equals_transformers() -> None:
+def test_siglip_loss_equals_that_of_transformers() -> None:
     torch.manual_seed(0)
     shared = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**shared, "vocab_size": 60, "max_position_embeddings": 8, "projection_size": 16}
@@ -131,7 +131,7 @@ def test_siglip_loss_equals_transformers() -> None:
 # Two towers -------------------------------------------------------------------------------------------------
 
 
-def test_temperature_starts_as_in_the_papers() -> None:
+def test_the_initial_temperature_is_that_of_the_papers() -> None:
     assert make_towers().logit_scale.item() == pytest.approx(math.log(1 / 0.07))
     assert make_towers().temperature == pytest.approx(0.07)
     assert not hasattr(make_towers(), "logit_bias")
@@ -143,7 +143,7 @@ def test_temperature_starts_as_in_the_papers() -> None:
 
 
 @pytest.mark.parametrize(("direction", "expected"), [(-1, 0.01), (1, 1.0)])
-def test_temperature_stays_within_bounds(direction: int, expected: float) -> None:
+def test_the_temperature_stays_within_bounds(direction: int, expected: float) -> None:
     def push(text: Tensor, image: Tensor, logit_scale: Tensor, groups: Tensor | None) -> Tensor:
         return direction * logit_scale
 
@@ -165,7 +165,7 @@ def test_temperature_stays_within_bounds(direction: int, expected: float) -> Non
     assert all(0 <= scale <= math.log(100) + 1e-6 for scale in seen)
 
 
-def test_a_fixed_temperature_stays() -> None:
+def test_a_fixed_temperature_does_not_change() -> None:
     model = make_towers(temperature=0.2, learn_temperature=False)
     fit(model, encode_pairs({"train": make_pairs(8)}, model), TrainSettings(lr=0.1, num_epochs=1, batch_size=4))
     assert model.temperature == pytest.approx(0.2)
@@ -174,7 +174,7 @@ def test_a_fixed_temperature_stays() -> None:
     assert moved.temperature != pytest.approx(0.2)
 
 
-def test_scale_and_bias_do_not_decay() -> None:
+def test_scale_and_bias_have_no_weight_decay() -> None:
     model = make_towers(loss="siglip")
     decays = {
         id(p): group["weight_decay"]
@@ -185,7 +185,7 @@ def test_scale_and_bias_do_not_decay() -> None:
     assert decays[id(model.text_head.weight)] == decays[id(model.image_head.weight)] == 0.3
 
 
-def test_heads() -> None:
+def test_heads_are_linear_or_have_one_hidden_layer() -> None:
     linear, mlp = make_towers(dim=6), make_towers(dim=6, head="mlp")
     assert [tuple(p.shape) for p in linear.text_head.parameters()] == [(6, 16)]
     assert [tuple(p.shape) for p in mlp.image_head.parameters()] == [(16, 16), (16,), (6, 16), (6,)]
@@ -196,13 +196,13 @@ def test_heads() -> None:
     assert not torch.equal(linear.text_head.weight, linear.image_head.weight)
 
 
-def test_the_seed_gives_the_heads() -> None:
+def test_the_seed_determines_the_weights_of_the_heads() -> None:
     one, same, other = (make_towers(seed=seed).text_head.weight for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
 
-def test_unknown_names_are_refused() -> None:
+def test_unknown_names_and_impossible_temperatures_are_refused() -> None:
     with pytest.raises(ValueError, match="no loss 'triplet'"):
         make_towers(loss="triplet")
     with pytest.raises(ValueError, match="no head 'deep'"):
@@ -213,7 +213,7 @@ def test_unknown_names_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_without_normalising_similarities_are_dot_products(kind: str) -> None:
+def test_a_model_without_normalising_uses_dot_products(kind: str) -> None:
     cosines, products = (make_towers(loss=kind, normalise=normalise, temperature=1.0) for normalise in (True, False))
     rows = encode_pairs({"test": make_pairs(5)}, cosines)["test"]
     text, image = products.encode(rows)
@@ -232,7 +232,7 @@ def test_without_normalising_similarities_are_dot_products(kind: str) -> None:
     assert products(**batch).loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_loss_of_ones_own_gets_embeddings_scale_and_groups() -> None:
+def test_a_custom_loss_gets_embeddings_scale_and_groups() -> None:
     def loss(text: Tensor, image: Tensor, logit_scale: Tensor, groups: Tensor | None) -> Tensor:
         return (text - image).square().sum() * logit_scale + groups.sum()
 
@@ -272,8 +272,8 @@ def test_from_clip_gives_the_logits_of_transformers(tmp_path: Path) -> None:
 # Encoding ---------------------------------------------------------------------------------------------------
 
 
-def test_a_image_with_several_captions_is_searched_once_and_right_for_each() -> None:
-    """A perfect model finds all; ten images, of which each is there three times, must not crowd the others out."""
+def test_an_image_with_several_captions_is_ranked_once_and_is_correct_for_each() -> None:
+    """A perfect model finds all ten images, although each has three captions and so stands in three pairs."""
     model, ten = make_towers(dim=10), make_pairs(10)
     numbers = np.arange(30) % 10
     captions = [f"{ten.captions[i]} {k // 10}" for k, i in enumerate(numbers)]
@@ -284,18 +284,18 @@ def test_a_image_with_several_captions_is_searched_once_and_right_for_each() -> 
     found = evaluate(model, rows)
     assert found.similarities.shape == (30, 10)
     assert (found.accuracy, found.turned.accuracy) == (1, 1)
-    shifted = perfect.roll(1, dims=1) + 0.9 * perfect  # the right image is the second
+    shifted = perfect.roll(1, dims=1) + 0.9 * perfect  # the correct image is the second
     model.encode = lambda rows, batch_size: (shifted, perfect)
     assert [evaluate(model, rows).recall(k) for k in (1, 2)] == [0, 1]
-    assert [evaluate(model, rows).turned.recall(k) for k in (3, 4)] == [0, 1]  # three captions of another one before
+    assert [evaluate(model, rows).turned.recall(k) for k in (3, 4)] == [0, 1]  # after three of another image
 
 
-def test_rows_come_in_the_order_given_whatever_the_batch() -> None:
+def test_embeddings_have_the_order_of_the_rows_for_any_batch_size() -> None:
     model = make_towers(dropout=0.5)
     model.train()
     pairs = make_pairs(11)
     rows = encode_pairs({"test": pairs}, model)["test"]
-    assert len(set(rows.lengths)) > 1  # or the order would not change
+    assert len(set(rows.lengths)) > 1  # otherwise batching would not change the order
     one_by_one = [model.encode(rows.take([i])) for i in range(11)]
     text, image = (torch.cat(parts) for parts in zip(*one_by_one, strict=True))
     assert text.unique(dim=0).shape == image.unique(dim=0).shape == (11, 8)
@@ -312,7 +312,7 @@ def test_rows_come_in_the_order_given_whatever_the_batch() -> None:
     assert model.training
 
 
-def test_images_are_encoded_without_reading_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_encoded_without_running_the_text_tower(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_towers()
     expected = model.encode_images(make_pairs(3).images)
 
@@ -328,7 +328,7 @@ def test_images_are_encoded_without_reading_texts(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_chunks_give_the_gradients_of_the_whole_batch(kind: str) -> None:
+def test_gradients_with_chunks_equal_those_of_the_whole_batch(kind: str) -> None:
     whole, chunked = make_towers(loss=kind), make_towers(loss=kind, chunk_size=4)
     losses = []
     for model in (whole, chunked):
@@ -344,8 +344,8 @@ def test_chunks_give_the_gradients_of_the_whole_batch(kind: str) -> None:
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5)
 
 
-def test_chunks_repeat_their_dropout() -> None:
-    """Chunks encoded once, whose graphs are all kept, are the reference: a whole batch would draw other units."""
+def test_the_second_pass_over_a_chunk_repeats_its_dropout() -> None:
+    """The reference encodes each chunk once and keeps all graphs; a whole batch would drop other units."""
     cached, kept = make_towers(dropout=0.3, chunk_size=4), make_towers(dropout=0.3)
     tower_of = {"text": ("input_ids", "attention_mask"), "image": ("pixel_values",)}
     batch = {name: column for name, column in batch_of(kept).items() if name != "token_type_ids"}
@@ -367,7 +367,7 @@ def test_chunks_repeat_their_dropout() -> None:
     for name, gradient in gradients(kept).items():
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5)
     torch.manual_seed(6)
-    assert cached(**batch).loss.item() != pytest.approx(expected.item(), abs=1e-3)  # dropout was there
+    assert cached(**batch).loss.item() != pytest.approx(expected.item(), abs=1e-3)  # other dropout, other loss
 
 
 def test_fit_in_chunks_gives_the_same_weights() -> None:
@@ -381,11 +381,11 @@ def test_fit_in_chunks_gives_the_same_weights() -> None:
     moved = weights[0]["text_head.weight"] - make_towers().text_head.weight
     assert moved.abs().max() > 1e-3
     for name, tensor in weights[0].items():
-        if not name.endswith(("key.bias", "k_proj.bias")):  # softmax cancels them: AdamW scales up rounding errors
+        if not name.endswith(("key.bias", "k_proj.bias")):  # no effect in softmax: AdamW scales up rounding errors
             torch.testing.assert_close(weights[1][name], tensor, atol=1e-5, rtol=0, msg=name)
 
 
-def test_only_chunks_are_in_memory() -> None:
+def test_a_tower_only_sees_one_chunk_at_a_time() -> None:
     model = make_towers(chunk_size=4)
     sizes: list[int] = []
     for tower in (model.text, model.image):
@@ -394,30 +394,30 @@ def test_only_chunks_are_in_memory() -> None:
         )
     batch = batch_of(model, 10)
     model(**batch).loss.backward()
-    assert sorted(sizes) == [2] * 4 + [4] * 8  # either tower, forward and once more backward
+    assert sorted(sizes) == [2] * 4 + [4] * 8  # both towers, forward and again for the backward pass
     sizes.clear()
     with torch.no_grad():
         model(**batch)
     assert sizes == [4, 4, 2] * 2
     sizes.clear()
     model.lock("image")(**batch).loss.backward()
-    assert sorted(sizes) == [2] * 3 + [4] * 6  # the locked one forward only
+    assert sorted(sizes) == [2] * 3 + [4] * 6  # the locked tower only forward
 
 
-def test_out_of_memory_says_what_trains_the_same() -> None:
+def test_out_of_memory_advice_keeps_the_loss() -> None:
     model = make_towers()
-    model.register_forward_pre_hook(lambda *_: torch.empty(2**60))  # the allocator's own refusal
+    model.register_forward_pre_hook(lambda *_: torch.empty(2**60))  # more than the allocator can give
     rows = encode_pairs({"train": make_pairs(16)}, model)
-    with pytest.raises(TrainingError, match="with 8 rows a batch: give the model a chunk_size") as refused:
+    with pytest.raises(TrainingError, match="with batches of 8 rows: give the model a chunk_size") as refused:
         fit(model, rows, TrainSettings(num_epochs=1, batch_size=8))
-    assert "accumulation" not in str(refused.value)  # fewer negatives a step: that would be another loss
+    assert "accumulation" not in str(refused.value)  # fewer negatives per step would be another loss
 
 
 # Training ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("locked", [("text",), ("image",), ("text", "image")])
-def test_locked_towers_stay_and_heads_move(locked: tuple[str, ...]) -> None:
+def test_locked_towers_do_not_change_and_the_rest_does(locked: tuple[str, ...]) -> None:
     model = make_towers(dropout=0.1)
     before = copy.deepcopy(model.state_dict())
     assert model.lock(*locked) is model
@@ -443,8 +443,7 @@ def test_training_learns_the_pairs_and_keeps_the_best_epoch(kind: str) -> None:
     assert history.epochs[-1]["train_loss"] < history.epochs[0]["train_loss"]
 
 
-def test_a_bert_tower_reads_what_its_tokenizer_gives() -> None:
-    """Token types too; a column of the other tower is not its business."""
+def test_a_bert_tower_also_reads_token_types() -> None:
     model = make_towers()
     model.text = TextEncoder(t.BertModel(copy.deepcopy(CONFIGS["bert"])).eval(), make_word_tokenizer())
     batch = batch_of(model, 4)

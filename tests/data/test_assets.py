@@ -1,4 +1,4 @@
-"""Assets: what is pinned, and every way in which a fetch can go wrong. Made-up archives, then the real ones."""
+"""Pinned assets, and every way in which fetching one can fail: with made-up archives first, then with the real ones."""
 
 import contextlib
 import dataclasses
@@ -62,7 +62,7 @@ def entry(name: str, archive: str, root: str, members: list[str]) -> str:
 
 
 class Toys:
-    """A wheelhouse of made-up archives, the registry that pins them, and a cache, all in one temporary folder."""
+    """A wheelhouse of made-up archives, a registry that pins them, and a cache, all in one temporary folder."""
 
     def __init__(self, folder: Path) -> None:
         self.house, self.cache, self.registry = folder / "house", folder / "cache", folder / "assets.toml"
@@ -79,7 +79,7 @@ class Toys:
         (self.house / filename).write_bytes(content)
 
     def pin(self) -> None:
-        """(Re)write the registry, with the hashes of the files that are in the wheelhouse now."""
+        """Write the registry with the hashes of the files that are in the wheelhouse now."""
         lines = []
         for filename in (WHEEL, SDIST, NESTED):
             content = (self.house / filename).read_bytes()
@@ -93,20 +93,20 @@ class Toys:
         lines.append(entry("sdist", "toy-sdist", "toy-sdist-1.0/data", ["a.txt"]))
         lines.append(entry("nested", "toy-nested", "deep", ["a.*"]))
         self.registry.write_text("\n".join(lines))
-        registry.registry.cache_clear()
+        registry.read_registry.cache_clear()
 
     def process(self, name: str) -> subprocess.Popen:
-        """A process of its own that fetches ``name`` and prints the folder."""
+        """Start a process that fetches ``name`` and prints the folder."""
         code = (
             "import sys; from pathlib import Path; from ftkit.data.assets import registry;"
-            "registry.REGISTRY = Path(sys.argv[1]);"
+            "registry._ASSETS_FILE = Path(sys.argv[1]);"
             "print(registry.fetch(sys.argv[2], progress=False))"
         )
         command = [sys.executable, "-c", code, str(self.registry), name]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def left(self) -> list[str]:
-        """What is in the cache, but for locks."""
+        """Return the names of everything in the cache except locks."""
         if not self.cache.is_dir():
             return []
         return sorted(path.name for path in self.cache.iterdir() if path.suffix != ".lock")
@@ -121,18 +121,18 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toys]:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(toys.house))
     monkeypatch.setenv("FTKIT_CACHE", str(toys.cache))
-    monkeypatch.setattr(registry, "REGISTRY", toys.registry)
-    monkeypatch.setattr(archives, "PAUSE", 0.0)
+    monkeypatch.setattr(registry, "_ASSETS_FILE", toys.registry)
+    monkeypatch.setattr(archives, "_PAUSE", 0.0)
     yield toys
-    registry.registry.cache_clear()
+    registry.read_registry.cache_clear()
 
 
 class Index:
-    """A package index over HTTP that counts what it gives, and can break off or hang in the middle of a file."""
+    """A package index over HTTP that counts downloads, and can break off or hang in the middle of a file."""
 
     def __init__(self, house: Path) -> None:
         self.served: Counter[str] = Counter()
-        self.break_off = 0  # how many downloads end in the middle
+        self.break_off = 0  # how many of the next downloads end in the middle
         self.hang = threading.Event()  # cleared: downloads stop in the middle until it is set
         self.hang.set()
         index = self
@@ -157,7 +157,7 @@ class Index:
                     index.break_off -= 1
                     return
                 index.hang.wait(60)
-                with contextlib.suppress(OSError):  # the reader was killed
+                with contextlib.suppress(OSError):  # the client was killed
                     self.wfile.write(content[half:])
 
             def log_message(self, *args: object) -> None:
@@ -185,11 +185,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def fails(name: str) -> str:
-    """The message of the failing fetch, which must be one line and say what is wrong and what to do."""
+    """Return the message of a fetch that fails. It must be one sentence that says what is wrong and what to do."""
     with pytest.raises(AssetError) as caught:
         registry.fetch(name, progress=False)
     message = str(caught.value)
     assert "\n" not in message
+    assert message.endswith(".")
     assert ": " in message
     return message
 
@@ -206,7 +207,7 @@ def fails(name: str) -> str:
         ("nested", {"a.txt": TEXT}),
     ],
 )
-def test_only_named_members_are_laid_out_and_no_code_is_run(toys: Toys, name: str, expected: dict) -> None:
+def test_only_named_members_are_unpacked_and_no_code_is_run(toys: Toys, name: str, expected: dict) -> None:
     assert not registry.is_cached(name)
     folder = registry.fetch(name, progress=False)
     assert files_of(folder) == expected
@@ -228,7 +229,7 @@ def test_assets_of_one_archive_are_downloaded_once(toys: Toys) -> None:
     assert files_of(registry.fetch("part", progress=False)) == {"b/c.txt": b"c"}
 
 
-def test_a_finished_entry_is_read_without_lock_or_write(toys: Toys) -> None:
+def test_a_complete_entry_is_read_without_a_lock_or_a_write(toys: Toys) -> None:
     registry.fetch("whole", progress=False)
     for lock in toys.cache.glob("*.lock"):
         lock.unlink()
@@ -237,16 +238,16 @@ def test_a_finished_entry_is_read_without_lock_or_write(toys: Toys) -> None:
     assert {path: path.stat().st_mtime_ns for path in [toys.cache, *toys.cache.rglob("*")]} == before
 
 
-def test_an_asset_added_to_a_known_archive_is_fetched_into_the_old_entry(toys: Toys) -> None:
+def test_an_asset_added_to_a_cached_archive_replaces_the_old_entry(toys: Toys) -> None:
     registry.fetch("whole", progress=False)
     toys.registry.write_text(toys.registry.read_text() + entry("new", "toy-wheel", "toy", ["d"]))
-    registry.registry.cache_clear()
+    registry.read_registry.cache_clear()
     assert files_of(registry.fetch("new", progress=False)) == {"d": b"d"}
     assert registry.is_cached("whole")
     assert toys.left() == ["toy-wheel-1.0"]
 
 
-def test_the_progress_bar_goes_to_stderr_and_can_be_left_out(toys: Toys, capsys: pytest.CaptureFixture) -> None:
+def test_the_progress_bar_goes_to_stderr_and_can_be_turned_off(toys: Toys, capsys: pytest.CaptureFixture) -> None:
     registry.fetch("sdist", progress=False)
     assert capsys.readouterr() == ("", "")
     registry.fetch("whole")
@@ -259,11 +260,11 @@ def test_the_progress_bar_goes_to_stderr_and_can_be_left_out(toys: Toys, capsys:
 # --------------------------------------------------------------------------------------------------- what goes wrong
 
 
-def test_unknown_name_gives_the_nearest(toys: Toys) -> None:
-    assert "'nested'" in fails("nestd")
+def test_an_unknown_name_suggests_the_nearest(toys: Toys) -> None:
+    assert "did you mean 'nested'?" in fails("nestd")
 
 
-def test_wrong_hash_is_never_opened(toys: Toys) -> None:
+def test_an_archive_with_a_wrong_hash_is_never_opened(toys: Toys) -> None:
     content = bytearray((toys.house / WHEEL).read_bytes())
     content[100] ^= 1
     toys.add(WHEEL, bytes(content))
@@ -293,7 +294,7 @@ def test_no_network(toys: Toys, index: Index) -> None:
     assert toys.left() == []
 
 
-def test_offline_touches_no_network_and_leaves_nothing(toys: Toys, index: Index, monkeypatch) -> None:
+def test_offline_uses_no_network_and_leaves_nothing(toys: Toys, index: Index, monkeypatch) -> None:
     monkeypatch.setenv("FTKIT_OFFLINE", "1")
     assert "FTKIT_OFFLINE" in fails("whole")
     assert not index.served
@@ -304,13 +305,13 @@ def test_offline_touches_no_network_and_leaves_nothing(toys: Toys, index: Index,
     assert (registry.fetch("whole", progress=False) / "a.txt").read_bytes() == TEXT
 
 
-def test_a_connection_that_breaks_is_tried_again(toys: Toys, index: Index) -> None:
+def test_a_broken_connection_is_tried_again(toys: Toys, index: Index) -> None:
     index.break_off = 2
-    assert (registry.fetch("sdist", progress=False) / "a.txt").read_bytes() == TEXT  # no gunzip on the way
+    assert (registry.fetch("sdist", progress=False) / "a.txt").read_bytes() == TEXT  # not decompressed on the way
     assert index.served[SDIST] == 3
 
 
-def test_a_connection_that_keeps_breaking_is_given_up(toys: Toys, index: Index) -> None:
+def test_repeated_connection_errors_end_the_download(toys: Toys, index: Index) -> None:
     index.break_off = 100
     assert "could not be downloaded" in fails("sdist")
     assert toys.left() == []
@@ -365,7 +366,7 @@ def test_full_disk(
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(TEXT[:-1]), Path.unlink])
-def test_damaged_entry_is_repaired_or_named(toys: Toys, monkeypatch: pytest.MonkeyPatch, damage) -> None:
+def test_a_damaged_entry_is_repaired_or_reported(toys: Toys, monkeypatch: pytest.MonkeyPatch, damage) -> None:
     file = registry.fetch("whole", progress=False) / "a.txt"
     damage(file)
     monkeypatch.setenv("FTKIT_OFFLINE", "1")
@@ -407,7 +408,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def test_many_processes_download_once(toys: Toys, index: Index) -> None:
+def test_many_processes_download_an_archive_once(toys: Toys, index: Index) -> None:
     index.hang.clear()
     first = toys.process("whole")
     wait_for(toys.cache / "toy-wheel-1.0.partial" / WHEEL, first)
@@ -422,7 +423,7 @@ def test_many_processes_download_once(toys: Toys, index: Index) -> None:
     assert files_of(toys.cache / "toy-wheel-1.0" / "whole") == {"a.txt": TEXT, "b/c.txt": b"c"}
 
 
-def test_killed_in_the_middle_then_fetched_cleanly(toys: Toys, index: Index) -> None:
+def test_a_fetch_after_a_killed_one_starts_clean(toys: Toys, index: Index) -> None:
     index.hang.clear()
     process = toys.process("whole")
     partial = toys.cache / "toy-wheel-1.0.partial"
@@ -431,7 +432,7 @@ def test_killed_in_the_middle_then_fetched_cleanly(toys: Toys, index: Index) -> 
     process.communicate()
     assert toys.left() == [partial.name]
     assert not registry.is_cached("whole")
-    (partial / "litter").write_text("left by the dead")
+    (partial / "litter").write_text("left by a killed process")
     index.hang.set()
     assert files_of(registry.fetch("whole", progress=False)) == {"a.txt": TEXT, "b/c.txt": b"c"}
     assert toys.left() == ["toy-wheel-1.0"]
@@ -442,7 +443,7 @@ def test_killed_in_the_middle_then_fetched_cleanly(toys: Toys, index: Index) -> 
 
 def test_every_asset_is_described() -> None:
     optional = {"hub"}
-    for asset in registry.registry().values():
+    for asset in registry.read_registry().values():
         for field in dataclasses.fields(asset):
             assert field.name in optional or getattr(asset, field.name), (asset.name, field.name)
         assert asset.kind in {
@@ -467,12 +468,12 @@ def test_names_by_kind() -> None:
 def test_data_readme_is_generated() -> None:
     written = (REPOSITORY / "data" / "README.md").read_text(encoding="utf-8")
     assert written == registry.cards(), "run `ftkit assets --cards`"
-    for asset in registry.registry().values():
+    for asset in registry.read_registry().values():
         assert f"## {asset.name}: " in written
         assert asset.archive.sha256 in written
 
 
-def test_table_says_what_is_cached(toys: Toys) -> None:
+def test_the_table_shows_what_is_cached(toys: Toys) -> None:
     registry.fetch("sdist", progress=False)
     header, *rows = registry.table().splitlines()
     column = header.index("cached")
@@ -480,9 +481,10 @@ def test_table_says_what_is_cached(toys: Toys) -> None:
     assert cached == {"whole": "no", "part": "no", "sdist": "yes", "nested": "no"}
 
 
-def test_import_is_light() -> None:
+def test_importing_the_registry_loads_no_heavy_library() -> None:
     heavy = "{'torch', 'transformers', 'unearth', 'httpx2', 'tqdm', 'truststore'}"
-    code = f"import sys, ftkit.assets as a; a.names(); a.cache_dir(); print(sorted({heavy} & set(sys.modules)))"
+    use = "from ftkit.data.assets import registry; registry.names(); registry.cache_dir()"
+    code = f"import sys; {use}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -496,7 +498,7 @@ def real(name: str) -> Path:
     return registry.fetch(name, progress=False)
 
 
-def test_minilm_is_the_hubs_and_loads_from_its_folder() -> None:
+def test_minilm_equals_the_hub_model_and_loads_from_its_folder() -> None:
     from transformers import AutoModel, AutoTokenizer
 
     folder = real("minilm")
@@ -509,7 +511,7 @@ def test_minilm_is_the_hubs_and_loads_from_its_folder() -> None:
     assert tokenizer.tokenize("Fine-tuning") == ["fine", "-", "tuning"]
 
 
-def test_movie_sentiment_has_its_rows() -> None:
+def test_movie_sentiment_has_all_its_rows() -> None:
     folder = real("movie-sentiment")
     rows = (folder / "movieReviewSnippets_GroundTruth.txt").read_text(encoding="utf-8").splitlines()
     ratings = [float(row.split("\t")[1]) for row in rows]
@@ -525,7 +527,7 @@ def test_smollm2_is_the_dequantised_model() -> None:
     folder = real("smollm2")
     assert not list(folder.glob("*.gguf"))
     with safe_open(folder / "model.safetensors", "pt") as weights:
-        assert "lm_head.weight" not in weights.keys()  # noqa: SIM118  tied to the embeddings, saved once
+        assert "lm_head.weight" not in weights.keys()  # noqa: SIM118  tied to the embeddings, so saved once
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.dtype == torch.float32
     assert model.num_parameters() == 134_515_008

@@ -1,6 +1,7 @@
-"""Images of a folder and of the hub: what is read, and a file for each fault that is reported."""
+"""Images read from a folder and from the hub, and a file for each fault that is reported."""
 
 import io
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,32 +14,40 @@ from ftkit.errors import DataError
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
+Hub = tuple[datasets.DatasetDict, list[tuple]]
 
-def save(folder, name, colour=RED, size=(20, 20), mode="RGB", **options):
+
+def save(
+    folder: Path,
+    name: str,
+    colour: int | tuple[int, ...] = RED,
+    size: tuple[int, int] = (20, 20),
+    mode: str = "RGB",
+) -> None:
     path = folder / name
     path.parent.mkdir(exist_ok=True)
-    Image.new(mode, size, colour).save(path, **options)
+    Image.new(mode, size, colour).save(path)
 
 
-def write(folder, *rows, name="captions.csv", header="file,caption"):
+def write(folder: Path, *rows: str, name: str = "captions.csv", header: str = "file,caption") -> None:
     (folder / name).write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Two images with a caption each."""
+def folder(tmp_path: Path) -> Path:
+    """A folder with two images and a caption for each."""
     save(tmp_path, "a.png", RED)
     save(tmp_path, "b.png", BLUE)
     write(tmp_path, "a.png,a red square", "b.png,a blue square")
     return tmp_path
 
 
-def add(folder, *rows):
+def add(folder: Path, *rows: str) -> None:
     with (folder / "captions.csv").open("a", encoding="utf-8") as file:
         file.writelines(f"{row}\n" for row in rows)
 
 
-def test_pairs_are_in_the_order_of_the_rows(folder):
+def test_pairs_are_in_the_order_of_the_rows(folder: Path) -> None:
     save(folder, "deep/c.png", (0, 255, 0))
     add(folder, "deep/c.png,green", 'a.png,"red, again"')
     pairs, notes = read_folder(folder, size=16)
@@ -50,14 +59,14 @@ def test_pairs_are_in_the_order_of_the_rows(folder):
 
 
 @pytest.mark.parametrize("header", ["filename,text", "Image,Title", "image,description", "file_name,text"])
-def test_usual_columns_are_guessed_wherever_they_are(folder, header):
+def test_usual_columns_are_guessed_at_any_position(folder: Path, header: str) -> None:
     write(folder, "x,a.png,one", "y,b.png,two", header=f"id,{header}")
     assert read_folder(folder)[0].captions == ["one", "two"]
 
 
-def test_columns_and_file_can_be_named(folder):
+def test_columns_and_file_can_be_named(folder: Path) -> None:
     write(folder, "one;a.png;eins", "two;b.png;zwei", header="caption;bild;satz", name="deutsch.csv")
-    with pytest.raises(DataError, match=r"2 \.csv files \(captions.csv, deutsch.csv\): name the one with captions="):
+    with pytest.raises(DataError, match=r"2 \.csv files \(captions.csv, deutsch.csv\): name one with `captions=`"):
         read_folder(folder)
     with pytest.raises(DataError, match="no column 'file', only 'caption', 'bild', 'satz'"):
         read_folder(folder, "deutsch.csv")
@@ -66,7 +75,7 @@ def test_columns_and_file_can_be_named(folder):
     assert len(read_folder(folder, folder / "captions.csv")[0]) == 2
 
 
-def test_every_fault_is_reported_with_count_and_names(folder, monkeypatch):
+def test_every_fault_is_reported_with_count_and_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_readers, "MAX_PIXELS", 10_000)
     (folder / "text.png").write_text("no image")
     save(folder, "whole.png", size=(90, 90))
@@ -83,7 +92,7 @@ def test_every_fault_is_reported_with_count_and_names(folder, monkeypatch):
     assert pairs.captions == ["a red square", "a blue square"]
     outside = f"../{folder.name}-outside.png"
     assert notes == [
-        f"3 files missing left out: gone.png, {outside}, {'x' * 999}.png",
+        f"3 missing files left out: gone.png, {outside}, {'x' * 999}.png",
         "2 unreadable files left out: text.png, cut.png",
         "1 files of more than 50 megapixels left out: huge.png",
         "1 duplicate images (same pixels as an earlier file) left out: again.bmp",
@@ -93,10 +102,10 @@ def test_every_fault_is_reported_with_count_and_names(folder, monkeypatch):
     ]
 
 
-def test_oversized_image_is_not_decoded(folder, monkeypatch):
+def test_oversized_image_is_not_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert image_readers.MAX_PIXELS == 50_000_000
     save(folder, "huge.png", 0, (10_000, 5_001), mode="1")
-    save(folder, "bomb.png", 0, (20_000, 10_000), mode="1")  # which Pillow itself refuses
+    save(folder, "bomb.png", 0, (20_000, 10_000), mode="1")  # Pillow itself refuses this one
     add(folder, "huge.png,huge", "bomb.png,bomb")
     loaded, load = [], Image.Image.load
     monkeypatch.setattr(Image.Image, "load", lambda self: loaded.append(self.size) or load(self))
@@ -104,47 +113,47 @@ def test_oversized_image_is_not_decoded(folder, monkeypatch):
     assert max(width for width, _ in loaded) <= 128
 
 
-def test_too_few_pairs_are_refused_with_the_reasons(folder):
+def test_too_few_pairs_are_refused_with_the_reasons(folder: Path) -> None:
     write(folder, "a.png,a red square", "gone.png,gone", "b.png,")
-    with pytest.raises(DataError, match=r"1 usable pairs .* \(1 files missing left out: gone.png; 1 rows without"):
+    with pytest.raises(DataError, match=r"1 usable pairs .* \(1 missing files left out: gone.png; 1 rows without"):
         read_folder(folder)
 
 
-def test_folder_without_what_it_needs_is_refused(folder):
-    with pytest.raises(DataError, match=r"no folder .*nowhere"):
+def test_a_missing_folder_or_file_of_captions_is_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"There is no folder .*nowhere"):
         read_folder(folder / "nowhere")
-    with pytest.raises(DataError, match=r"no file other\.csv"):
+    with pytest.raises(DataError, match=r"There is no file other\.csv"):
         read_folder(folder, "other.csv")
-    with pytest.raises(DataError, match=r"a\.png is of a type that is not read"):
+    with pytest.raises(DataError, match=r"a\.png has an unsupported file type: save the captions as \.csv"):
         read_folder(folder, "a.png")
     (folder / "captions.csv").unlink()
     with pytest.raises(DataError, match=r"no \.csv file: add one with the columns file and caption"):
         read_folder(folder)
 
 
-def read_one(folder, name):
+def read_one(folder: Path, name: str) -> np.ndarray:
     write(folder, f"{name},this", "b.png,blue")
     return read_folder(folder, size=40)[0].images[0].astype(int)
 
 
-def test_image_is_centred_on_white_without_distortion(folder):
+def test_image_is_centred_on_white_without_distortion(folder: Path) -> None:
     save(folder, "wide.png", RED, (80, 40))
     image = read_one(folder, "wide.png")
     assert (image[:10] == 255).all() and (image[30:] == 255).all()
     assert (image[10:30] == RED).all()
 
 
-def test_orientation_of_the_camera_is_applied(folder):
+def test_exif_orientation_is_applied(folder: Path) -> None:
     image = Image.new("RGB", (80, 40), BLUE)
     image.paste(RED, (0, 0, 40, 40))  # left half
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by 90 degrees: left becomes top
+    exif[0x0112] = 6  # rotate clockwise by 90 degrees: the left becomes the top
     image.save(folder / "turned.png", exif=exif)
     image = read_one(folder, "turned.png")
     assert (image[5, 20] == RED).all() and (image[35, 20] == BLUE).all() and (image[20, 2] == WHITE).all()
 
 
-def test_transparency_goes_onto_white(folder):
+def test_transparency_becomes_white(folder: Path) -> None:
     save(folder, "clear.png", (255, 0, 0, 128), mode="RGBA")
     np.testing.assert_allclose(read_one(folder, "clear.png")[20, 20], [255, 127, 127], atol=1)
     palette = Image.new("P", (20, 20), 0)
@@ -153,25 +162,25 @@ def test_transparency_goes_onto_white(folder):
     assert (read_one(folder, "palette.gif") == 255).all()
 
 
-def test_grey_becomes_rgb(folder):
+def test_grey_becomes_rgb(folder: Path) -> None:
     save(folder, "grey.png", 77, mode="L")
     assert (read_one(folder, "grey.png") == 77).all()
     Image.fromarray(np.full((20, 20), 77 * 257, dtype=np.uint16)).save(folder / "deep.png")
     assert (read_one(folder, "deep.png") == 77).all()
 
 
-def test_grey_of_more_bits_is_neither_clipped_nor_black(folder):
+def test_grey_of_more_than_8_bits_is_neither_clipped_nor_black(folder: Path) -> None:
     Image.fromarray(np.full((8, 8), 0.6, dtype=np.float32)).save(folder / "a.tif")
     Image.fromarray(np.full((8, 8), 200, dtype=np.int32)).save(folder / "dim.tif")
     Image.fromarray(np.full((8, 8), 25700, dtype=np.int32)).save(folder / "wide.tif")
     write(folder, "a.tif,floating", "dim.tif,eight bits", "wide.tif,sixteen bits")
     pairs, notes = read_folder(folder)
-    assert "1 unreadable files left out: a.tif" in notes  # nothing says which of its numbers is white
+    assert "1 unreadable files left out: a.tif" in notes  # nothing says which of its values is white
     assert pairs.captions == ["eight bits", "sixteen bits"]
     assert (pairs.images[0] == 200).all() and (pairs.images[1] == 100).all()
 
 
-def test_a_image_whose_first_row_is_empty_is_still_read(folder):
+def test_an_image_whose_first_row_has_no_caption_is_still_read(folder: Path) -> None:
     save(folder, "c.png", RED)
     write(folder, "a.png,", "c.png,a red square", "b.png,a blue square", "b.png,")
     pairs, notes = read_folder(folder)
@@ -179,22 +188,24 @@ def test_a_image_whose_first_row_is_empty_is_still_read(folder):
     assert notes == ["2 rows without a caption left out: a.png, b.png"]
 
 
-def test_captions_in_another_encoding_are_named(folder):
+def test_captions_in_another_encoding_are_refused(folder: Path) -> None:
     (folder / "captions.csv").write_text("file,caption\na.png,red\n", encoding="utf-16")
-    with pytest.raises(DataError, match="is not a UTF-8 file: save it again as UTF-8"):
+    with pytest.raises(
+        DataError, match=r"captions\.csv is not UTF-8 \(line 1, byte 0xff\): save it as UTF-8.*iconv -f utf-16"
+    ):
         read_folder(folder)
 
 
 # The hub ----------------------------------------------------------------------------------------------------
 
 
-def png(colour):
+def png(colour: tuple[int, int, int]) -> dict[str, bytes | None]:
     file = io.BytesIO()
     Image.new("RGB", (20, 10), colour).save(file, "PNG")
     return {"bytes": file.getvalue(), "path": None}
 
 
-def hub_split(images, captions, text=None):
+def hub_split(images: list[dict | None], captions: list, text: datasets.List | None = None) -> datasets.Dataset:
     features = datasets.Features(id=datasets.Value("int64"), photo=datasets.Image())
     features["caption"] = text or datasets.Value("string")
     rows = {"id": range(len(images)), "photo": images, "caption": captions}
@@ -202,8 +213,8 @@ def hub_split(images, captions, text=None):
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """Lets load_dataset return what is in the dictionary, and records its calls."""
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A dictionary of splits that load_dataset returns, and a list of its calls."""
     held = datasets.DatasetDict()
     calls = []
     monkeypatch.delenv("FTKIT_OFFLINE", raising=False)
@@ -211,7 +222,7 @@ def hub(monkeypatch):
     return held, calls
 
 
-def test_hub_splits_become_pairs(hub):
+def test_hub_splits_become_pairs(hub: Hub) -> None:
     held, calls = hub
     broken = {"bytes": b"no image", "path": None}
     held["train"] = hub_split([png(RED), broken, png(BLUE), png(RED), None], ["red", "broken", " blue", "", "none"])
@@ -232,37 +243,40 @@ def test_hub_splits_become_pairs(hub):
     ]
 
 
-def test_hub_caption_may_be_a_list(hub):
+def test_hub_caption_may_be_a_list(hub: Hub) -> None:
     text = datasets.List(datasets.Value("string"))
     hub[0]["train"] = hub_split([png(RED), png(BLUE), png(BLUE)], [["first", "second"], ["sea"], []], text)
     assert read_hub_images("owner/name")[0]["train"].captions == ["first", "sea"]
 
 
-def test_hub_columns_that_are_not_there_are_refused(hub):
+def test_missing_hub_columns_are_refused(hub: Hub) -> None:
     hub[0]["train"] = hub_split([png(RED)], ["red"]).rename_column("caption", "satz")
-    with pytest.raises(DataError, match="no usual column of texts, only id, photo, satz: name one with caption="):
+    with pytest.raises(DataError, match="no usual column of texts, only id, photo, satz: name one with `caption=`"):
         read_hub_images("owner/name")
     assert read_hub_images("owner/name", caption="satz")[0]["train"].captions == ["red"]
     with pytest.raises(DataError, match="no column 'satz' of images"):
         read_hub_images("owner/name", image="satz", caption="satz")
 
 
-def test_hub_without_standard_split_or_usable_row_is_refused(hub):
+def test_hub_without_standard_split_or_usable_row_is_refused(hub: Hub) -> None:
     hub[0]["dev"] = hub_split([png(RED)], ["red"])
-    with pytest.raises(DataError, match="has the splits dev, but none of train, validation, test"):
+    with pytest.raises(DataError, match="has the splits dev, but none of train, validation, test: take another"):
         read_hub_images("owner/name")
     hub[0]["train"] = hub_split([png(RED)], [""])
-    with pytest.raises(DataError, match="none of the 1 train rows"):
+    with pytest.raises(DataError, match="None of the 1 train rows"):
         read_hub_images("owner/name")
 
 
-def test_hub_that_does_not_answer_is_one_sentence(monkeypatch):
-    def fail(*args):
+def test_a_hub_failure_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     monkeypatch.delenv("FTKIT_OFFLINE", raising=False)
-    with pytest.raises(DataError, match=r"^'owner/name' did not load from the hub \(no route\): check name and net"):
+    with pytest.raises(
+        DataError,
+        match=r"^The hub data set 'owner/name' could not be loaded \(no route\): check its name and the network",
+    ):
         read_hub_images("owner/name")
     monkeypatch.setenv("FTKIT_OFFLINE", "1")
     with pytest.raises(DataError, match="unset FTKIT_OFFLINE"):

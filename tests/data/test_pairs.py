@@ -1,17 +1,15 @@
+"""Image-caption pairs, and which of them are one group."""
+
 import numpy as np
 import pandas as pd
-import pytest
-import torch
-from tiny_towers import MEAN, STD, brighten, make_pairs, make_towers
+from tiny_towers import make_pairs
 
-from ftkit.contrastive.rows import PairRows, encode_pairs
 from ftkit.data.pairs import Pairs, join
-from ftkit.errors import DataError
 
 # Pairs ------------------------------------------------------------------------------------------------------
 
 
-def test_take_chooses_by_numbers_and_by_mask() -> None:
+def test_take_selects_by_indices_and_by_mask() -> None:
     pairs = make_pairs(5)
     for chosen in ([3, 1], np.array([3, 1]), np.array([-2, 1])):
         taken = pairs.take(chosen)
@@ -25,7 +23,7 @@ def test_take_chooses_by_numbers_and_by_mask() -> None:
     assert len(pairs.take(np.zeros(5, dtype=bool))) == 0
 
 
-def test_groups_are_equal_where_captions_are() -> None:
+def test_groups_are_equal_if_captions_are() -> None:
     images = np.zeros((4, 2, 2, 3), dtype=np.uint8)
     pairs = Pairs(images, ["b", "a", "b", "c"], pd.DataFrame(index=range(4)))
     assert pairs.groups.tolist() == [1, 0, 1, 2]
@@ -33,7 +31,7 @@ def test_groups_are_equal_where_captions_are() -> None:
     assert pairs.take([0, 2]).groups.tolist() == [0, 0]
 
 
-def test_groups_join_what_shares_a_image_or_a_caption() -> None:
+def test_pairs_that_share_an_image_or_a_caption_are_one_group() -> None:
     images = np.zeros((6, 2, 2, 3), dtype=np.uint8)
     facts = pd.DataFrame(index=range(6))
     pairs = Pairs(images, ["a", "b", "c", "b", "d", "e"], facts, image_ids=np.array([7, 7, 3, 4, 4, 9]))
@@ -49,102 +47,3 @@ def test_groups_join_what_shares_a_image_or_a_caption() -> None:
     assert len(both) == 10
     assert [len(np.unique(both.image_ids[part])) for part in (slice(6), slice(6, 8), slice(8, 10))] == [4, 2, 1]
     assert len(np.unique(both.image_ids)) == 7
-
-
-# PairRows ---------------------------------------------------------------------------------------------------
-
-
-def test_a_row_has_tokens_normalised_pixels_and_its_group() -> None:
-    pairs = make_pairs(6)
-    rows = encode_pairs({"test": pairs}, make_towers())["test"]
-    assert len(rows) == 6
-    assert rows.lengths.tolist() == [len(caption.split()) for caption in pairs.captions]
-    for index in (0, 5, -1):
-        row = rows[index]
-        assert row["input_ids"] == [int(word[1:]) for word in pairs.captions[index].split()]
-        assert row["attention_mask"] == [1] * len(row["input_ids"])
-        assert row["labels"] == pairs.groups[index]
-        expected = ((pairs.images[index] / 255 - np.array(MEAN)) / np.array(STD)).transpose(2, 0, 1)
-        assert row["pixel_values"].dtype == np.float32
-        np.testing.assert_allclose(row["pixel_values"], expected, atol=1e-6)
-    with pytest.raises(IndexError):
-        rows[6]
-
-
-def test_rows_taken_are_the_same_rows() -> None:
-    rows = encode_pairs({"train": make_pairs(6)}, make_towers(), augment=brighten)["train"]
-    for chosen in ([4, 2], np.isin(np.arange(6), [2, 4])):
-        taken = rows.take(chosen)
-        numbers = [4, 2] if isinstance(chosen, list) else [2, 4]
-        assert taken.lengths.tolist() == rows.lengths[numbers].tolist()
-        assert sorted(taken.groups) == [0, 1]
-        for i, number in enumerate(numbers):
-            torch.manual_seed(3)
-            one = taken[i]
-            torch.manual_seed(3)
-            other = rows[number]
-            assert one["input_ids"] == other["input_ids"]
-            assert np.array_equal(one["pixel_values"], other["pixel_values"])
-
-
-def test_only_training_images_are_augmented_and_the_seed_gives_how() -> None:
-    data = encode_pairs({"train": make_pairs(4), "test": make_pairs(4)}, make_towers(), augment=brighten)
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    assert np.array_equal(data["test"][0]["pixel_values"], data["test"][0]["pixel_values"])
-    assert torch.equal(torch.get_rng_state(), state)  # nothing was drawn
-    first, second = (data["train"][0]["pixel_values"] for _ in range(2))
-    assert not np.array_equal(first, second)
-    torch.manual_seed(1)
-    assert np.array_equal(data["train"][0]["pixel_values"], first)
-    assert np.array_equal(data["train"][0]["pixel_values"], second)
-    assert data["test"].augment is None
-    plain = encode_pairs({"train": make_pairs(4)}, make_towers())["train"]
-    assert np.array_equal(plain[0]["pixel_values"], data["test"][0]["pixel_values"])
-
-
-def test_augmenting_leaves_the_images_as_they_were() -> None:
-    pairs = make_pairs(3)
-    before = pairs.images.copy()
-    rows = encode_pairs({"train": pairs}, make_towers(), augment=brighten)["train"]
-    _ = [rows[i] for i in range(3)]
-    assert np.array_equal(pairs.images, before)
-
-
-# encode_pairs -----------------------------------------------------------------------------------------------
-
-
-def test_images_of_another_size_are_refused() -> None:
-    pairs = make_pairs(2)
-    larger = Pairs(np.zeros((2, 16, 16, 3), dtype=np.uint8), pairs.captions, pairs.facts)
-    with pytest.raises(DataError, match=r"'test' have 16 pixels a side, and the image tower reads 8.*size=8"):
-        encode_pairs({"train": pairs, "test": larger}, make_towers())
-    model = make_towers()
-    model.image.size = None
-    assert encode_pairs({"test": larger}, model)["test"][0]["pixel_values"].shape == (3, 16, 16)
-
-
-def test_more_tokens_than_the_model_reads_are_refused() -> None:
-    model = make_towers()
-    model.text.tokenizer.model_max_length = 16
-    with pytest.raises(DataError, match="max_length=17 is more than the 16 tokens"):
-        encode_pairs({"train": make_pairs(2)}, model, max_length=17)
-    encode_pairs({"train": make_pairs(2)}, model, max_length=16)
-
-
-def test_captions_cut_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    model, pairs = make_towers(), make_pairs(3)
-    captions = Pairs(pairs.images, ["w3 w4 w5", "w3 w4", "w3 w4 w5 w6"], pairs.facts)
-    rows = encode_pairs({"train": captions, "test": captions.take([1])}, model, max_length=2)
-    assert capsys.readouterr().out == "captions cut at 2 tokens: 2 of 3 train\n"
-    assert rows["train"].lengths.tolist() == [2, 2, 2]
-    encode_pairs({"train": captions, "test": captions}, model, max_length=3)
-    assert capsys.readouterr().out == "captions cut at 3 tokens: 1 of 3 train, 1 of 3 test\n"
-    encode_pairs({"train": captions}, model, max_length=4)
-    assert capsys.readouterr().out == ""
-
-
-def test_a_split_without_pairs_gives_no_rows() -> None:
-    rows = encode_pairs({"test": make_pairs(2).take(np.zeros(2, dtype=bool))}, make_towers())["test"]
-    assert isinstance(rows, PairRows)
-    assert len(rows) == 0

@@ -1,6 +1,7 @@
-"""Sequences of tasks from files of the reader's, and what their rows say."""
+"""Sequences of tasks, loaded from files, and their encoded rows."""
 
 from collections import Counter
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,14 +11,14 @@ from ftkit.data.tasks import Task, TaskSequence, growing_classes, many_domains, 
 from ftkit.errors import DataError
 
 
-def write(folder, name, classes, rows_a_class=20):
-    texts = [(f"{name} text {c} {i}", c) for c in classes for i in range(rows_a_class)]
+def write(folder: Path, name: str, classes: list[str], rows_per_class: int = 20) -> Path:
+    texts = [(f"{name} text {c} {i}", c) for c in classes for i in range(rows_per_class)]
     path = folder / f"{name}.csv"
     pd.DataFrame(texts, columns=["text", "label"]).to_csv(path, index=False)
     return path
 
 
-def test_files_become_tasks_with_a_head_each(tmp_path):
+def test_files_become_tasks_with_their_own_heads(tmp_path: Path) -> None:
     paths = [write(tmp_path, "films", ["bad", "good"]), write(tmp_path, "news", ["art", "bad", "sport"])]
     sequence = many_tasks(paths).draw(train=10, validation=4, test=5, seed=0)
     assert sequence.names == ["films.csv", "news.csv"]
@@ -28,16 +29,16 @@ def test_files_become_tasks_with_a_head_each(tmp_path):
     assert not sequence.growing
 
 
-def test_domains_share_a_head_and_must_share_their_classes(tmp_path):
+def test_domains_share_a_head_and_must_share_their_classes(tmp_path: Path) -> None:
     paths = [write(tmp_path, name, ["bad", "good"]) for name in ("films", "books")]
     sequence = many_domains(paths)
     assert sequence.heads == {"all": 2}
     assert sequence.class_names == ["bad", "good"]
-    with pytest.raises(DataError, match="give each a head of its own, with many_tasks"):
+    with pytest.raises(DataError, match="give each a head of its own with `many_tasks`"):
         many_domains([paths[0], write(tmp_path, "news", ["art", "sport"])])
 
 
-def test_classes_come_in_equal_parts(tmp_path):
+def test_classes_are_divided_into_equal_parts(tmp_path: Path) -> None:
     path = write(tmp_path, "news", list("abcdef"))
     sequence = growing_classes(path, 3)
     assert sequence.names == ["a to b", "c to d", "e to f"]
@@ -49,11 +50,11 @@ def test_classes_come_in_equal_parts(tmp_path):
             assert row["text"].split()[2] == task.classes[row["label"]]
         assert set(task.splits["train"]["label"]) == {0, 1}
         assert [len(task.splits[split]) for split in ("train", "validation", "test")] == [28, 4, 8]
-    with pytest.raises(DataError, match="do not make 4 equal parts"):
+    with pytest.raises(DataError, match="cannot be divided into 4 equal parts"):
         growing_classes(path, 4)
 
 
-def test_a_seed_draws_the_rows_to_learn_from_and_no_others():
+def test_the_seed_decides_the_training_rows_only() -> None:
     sequence = make_sequence()
     sizes = {"train": 10, "validation": 4, "test": 100}
     first, again, other = (sequence.draw(**sizes, seed=seed) for seed in (0, 0, 1))
@@ -67,7 +68,7 @@ def test_a_seed_draws_the_rows_to_learn_from_and_no_others():
             assert texts == c.splits[split]["text"][:] == given.splits[split]["text"][: len(texts)]
 
 
-def test_the_order_can_be_turned_around():
+def test_the_order_can_be_reversed() -> None:
     sequence = make_sequence("growing")
     assert sequence.reversed().names == sequence.names[::-1]
     assert sequence.reversed().growing
@@ -76,7 +77,7 @@ def test_the_order_can_be_turned_around():
     ]
 
 
-def test_rows_tell_their_task_and_their_class_among_all():
+def test_rows_have_their_task_and_output_column() -> None:
     sequence = make_sequence()
     assert sequence.class_names == [f"head {h}: {c}" for h, c in [(0, "a"), (0, "b"), (1, "c"), (1, "d"), (1, "e"),
                                                                   (2, "f"), (2, "g")]]  # fmt: skip
@@ -91,9 +92,9 @@ def test_rows_tell_their_task_and_their_class_among_all():
     assert Counter(row["labels"] for task in shared for row in task["train"]).keys() == {0, 1}
 
 
-def test_what_is_no_sequence_is_refused():
+def test_an_invalid_sequence_is_refused() -> None:
     task = Task("a", make_splits(["x", "y"], 0), "a")
     with pytest.raises(DataError, match=r"\['a'\]: give two or more"):
         TaskSequence((task,))
-    with pytest.raises(DataError, match="no two of one name"):
+    with pytest.raises(DataError, match="each with its own name"):
         TaskSequence((task, task))

@@ -4,19 +4,18 @@ import functools
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ftkit.data import text, text_readers
 from ftkit.data.assets import registry
 from ftkit.errors import DataError
-from ftkit.training.batching import collate
 
 # Assets -----------------------------------------------------------------------------------------------------
 
@@ -47,7 +46,7 @@ def texts(splits: datasets.DatasetDict) -> list[str]:
 
 
 @every_asset
-def test_asset_has_its_rows_its_labels_and_its_card(name):
+def test_asset_has_the_expected_rows_labels_and_card(name: str) -> None:
     splits = load(name)
     assert tuple(splits[split].num_rows for split in SPLITS) == SIZES[name]
     for split in SPLITS:
@@ -60,20 +59,20 @@ def test_asset_has_its_rows_its_labels_and_its_card(name):
 
 
 @every_asset
-def test_asset_gives_the_same_rows_everywhere(name):
+def test_asset_gives_the_same_rows_on_every_machine(name: str) -> None:
     assert hashlib.sha256("\n".join(texts(load(name))).encode()).hexdigest()[:16] == DIGESTS[name]
 
 
 @every_asset
-def test_no_text_straddles_splits(name):
+def test_no_text_is_in_two_splits(name: str) -> None:
     sets = [set(load(name)[split]["text"]) for split in SPLITS]
     assert sum(map(len, sets)) == len(set.union(*sets))
-    assert len(sets[0]) == SIZES[name][0]  # and none comes twice in train
+    assert len(sets[0]) == SIZES[name][0]  # and no text is repeated in train
     assert all(text == text.strip() != "" for text in sets[0])
 
 
 @every_asset
-def test_sizes_nest_and_held_out_rows_do_not_depend_on_them(name, capsys):
+def test_smaller_splits_are_the_first_rows_of_larger_ones(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     few = text.load_text(name, train=100, test=50)
     more = text.load_text(name, train=400, validation=20)
     assert few["train"]["text"] == load(name)["train"]["text"][:100]
@@ -85,7 +84,7 @@ def test_sizes_nest_and_held_out_rows_do_not_depend_on_them(name, capsys):
 
 
 @every_asset
-def test_every_prefix_holds_the_classes_in_their_shares(name):
+def test_the_first_rows_have_the_class_shares_of_the_split(name: str) -> None:
     for split in SPLITS:
         labels = np.array(load(name)[split]["label"])
         classes = np.unique(labels)
@@ -94,7 +93,7 @@ def test_every_prefix_holds_the_classes_in_their_shares(name):
         assert np.abs(counts - expected).max() < 4
 
 
-def test_shares_are_70_10_20_in_each_class():
+def test_shares_are_70_10_20_in_each_class() -> None:
     counts = {split: Counter(load("bbc-topics")[split]["label"]) for split in SPLITS}
     for label in range(5):
         total = sum(counts[split][label] for split in SPLITS)
@@ -102,13 +101,13 @@ def test_shares_are_70_10_20_in_each_class():
             assert abs(counts[split][label] - share * total) <= 1
 
 
-def test_another_seed_is_another_split_of_the_same_rows():
+def test_another_seed_splits_the_same_rows_differently() -> None:
     other = text.load_text("bbc-topics", seed=1)
     assert sorted(texts(other)) == sorted(texts(load("bbc-topics")))
     assert set(other["test"]["text"]) != set(load("bbc-topics")["test"]["text"])
 
 
-def test_a_published_test_split_stays_whole_whatever_the_seed():
+def test_a_published_test_split_stays_whole_for_every_seed() -> None:
     published, _, _ = text_readers.read_asset("reuters8")
     published = sorted(published[published["split"] == "test"]["text"].str.strip())
     assert sorted(load("reuters8")["test"]["text"]) == published
@@ -124,17 +123,17 @@ def test_a_published_test_split_stays_whole_whatever_the_seed():
         ("tweet-sentiment", 3_432, 68),
     ],
 )
-def test_sentiment_is_the_sign_of_a_clear_rating(name, rows, positive):
+def test_sentiment_is_the_sign_of_a_clear_rating(name: str, rows: int, positive: int) -> None:
     table, notes, _ = text_readers.read_asset(name)
     assert len(table) == rows
     assert round(100 * (table["label"] == "positive").mean()) == positive
     assert ((table["rating"] > 0) == (table["label"] == "positive")).all()
     assert table["rating"].abs().min() >= 0.5
     assert not table["text"].str.contains(r"&\w+;|&#\d+;").any()
-    assert any("rating nearer to 0" in note for note in notes)
+    assert any("mean rating between -0.5 and 0.5" in note for note in notes)
 
 
-def test_articles_of_either_encoding_are_decoded():
+def test_articles_of_either_encoding_are_decoded() -> None:
     table, notes, _ = text_readers.read_asset("bbc-topics")
     assert len(table) == 2225
     assert table["text"].str.contains("£").sum() > 300
@@ -142,7 +141,7 @@ def test_articles_of_either_encoding_are_decoded():
     assert "1 of them not UTF-8, decoded as Latin-1" in notes
 
 
-def test_damaged_tweets_are_repaired_and_keep_the_raters_confidence():
+def test_damaged_tweets_are_repaired_and_keep_the_confidence_of_the_raters() -> None:
     table, notes, _ = text_readers.read_asset("airline-tweets")
     assert Counter(table["label"]) == {"negative": 16_186, "neutral": 15_018, "positive": 6_954}
     assert table["text"].map(str.isascii).all()
@@ -152,20 +151,22 @@ def test_damaged_tweets_are_repaired_and_keep_the_raters_confidence():
     assert table["confidence"].isna().sum() == 5460
 
 
-def test_standard_splits_have_the_published_sizes():
+def test_standard_splits_have_the_published_sizes() -> None:
     for name, train, test in (("newsgroups", 11_293, 7_528), ("reuters52", 6_532, 2_568)):
         table, _, _ = text_readers.read_asset(name)
         assert Counter(table["split"]) == {"train": train, "test": test}
 
 
-def test_a_class_of_one_training_row_is_said_to_have_no_validation_row(capsys):
+def test_a_class_with_one_training_row_is_reported_to_have_no_validation_row(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     splits = text.load_text("reuters52", train=5000)
     platinum = splits["train"].features["label"].str2int("platinum")
     assert platinum not in splits["validation"]["label"]
-    assert "no validation row for classes of one row: 'platinum' (1)" in capsys.readouterr().out
+    assert "no validation row for classes with one row: 'platinum' (1)" in capsys.readouterr().out
 
 
-def test_report_counts_every_row(capsys):
+def test_report_counts_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     text.load_text("chinese-reviews", train=1000)
     assert capsys.readouterr().out == (
         "chinese-reviews: 35,124 rows read; dropped 1 without text, 225 whose text has several labels, "
@@ -174,8 +175,8 @@ def test_report_counts_every_row(capsys):
     assert sum(SIZES["chinese-reviews"]) == 35_124 - 1 - 225 - 17_535
 
 
-def test_assets_of_other_kinds_and_unknown_names_are_refused():
-    with pytest.raises(DataError, match=r"'emoji' is of kind images.*movie-sentiment"):
+def test_assets_of_other_kinds_and_unknown_names_are_refused() -> None:
+    with pytest.raises(DataError, match=r"The asset 'emoji' is of kind images.*movie-sentiment"):
         text.load_text("emoji")
     with pytest.raises(DataError, match="did you mean 'movie-sentiment'"):
         text.load_text("movies-sentiment")
@@ -185,22 +186,22 @@ def test_assets_of_other_kinds_and_unknown_names_are_refused():
         text.load_text("movie-sentiment", train=0)
 
 
-# Files of the reader ----------------------------------------------------------------------------------------
+# Local files ------------------------------------------------------------------------------------------------
 
 ROWS = [(f"{word} film {i}", label) for i in range(10) for word, label in (("good", "pos"), ("bad", "neg"))]
 
 
-def csv_of(rows, header="text,label", delimiter=",") -> str:
+def csv_of(rows: Iterable[tuple], header: str = "text,label", delimiter: str = ",") -> str:
     return "\n".join([header.replace(",", delimiter), *(delimiter.join(map(str, row)) for row in rows), ""])
 
 
-def write(folder, content: str | bytes, name: str = "reviews.csv"):
+def write(folder: Path, content: str | bytes, name: str = "reviews.csv") -> Path:
     path = folder / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
 
-def test_every_file_type_gives_the_same_rows(tmp_path):
+def test_every_file_type_gives_the_same_rows(tmp_path: Path) -> None:
     frame = pd.DataFrame(ROWS, columns=["text", "label"])
     frame.to_csv(tmp_path / "a.csv", index=False)
     frame.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
@@ -214,13 +215,13 @@ def test_every_file_type_gives_the_same_rows(tmp_path):
         assert all(other[split].to_dict() == loaded[0][split].to_dict() for split in SPLITS)
 
 
-def test_columns_are_guessed_aloud_or_named(tmp_path, capsys):
+def test_columns_are_guessed_and_reported_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [(i, f"{text} and more", i % 7, label, "x") for i, (text, label) in enumerate(ROWS)]
     path = write(tmp_path, csv_of(rows, "id,Review,stars_of_ten,Sentiment,note"))
     guessed = text.load_text(path)
     out = capsys.readouterr().out
-    assert "texts from column 'Review' (a guess" in out
-    assert "labels from column 'Sentiment' (a guess" in out
+    assert "texts from column 'Review' (guessed" in out
+    assert "labels from column 'Sentiment' (guessed" in out
     assert guessed["train"].column_names == ["text", "label", "id", "stars_of_ten", "note"]
 
     path = write(tmp_path, csv_of(rows, "id,words,n,good,note"))  # no usual name
@@ -228,10 +229,10 @@ def test_columns_are_guessed_aloud_or_named(tmp_path, capsys):
     assert "labels from column 'good'" in capsys.readouterr().out
 
     text.load_text(path, text="words", label="good")
-    assert "(a guess" not in capsys.readouterr().out
+    assert "(guessed" not in capsys.readouterr().out
 
 
-def test_a_named_column_takes_the_place_of_one_called_label(tmp_path, capsys):
+def test_a_named_column_replaces_the_one_called_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [(text, i % 2, label) for i, (text, label) in enumerate(ROWS)]
     splits = text.load_text(write(tmp_path, csv_of(rows, "text,label,mood")), label="mood")
     assert splits["train"].column_names == ["text", "label"]
@@ -239,7 +240,9 @@ def test_a_named_column_takes_the_place_of_one_called_label(tmp_path, capsys):
     assert "column 'label' left out" in capsys.readouterr().out
 
 
-def test_delimiter_bom_quotes_newlines_and_scripts(tmp_path, capsys):
+def test_delimiters_bom_quotes_newlines_and_scripts_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [('"ein; zwei\ndrei ""vier"" 🙂"', "gut"), *((f"文字 {i}", "坏") for i in range(3))]
     rows += [(f"text {i}", "gut") for i in range(3)]
     path = write(tmp_path, "\ufeff" + csv_of(rows, delimiter=";"))
@@ -249,10 +252,12 @@ def test_delimiter_bom_quotes_newlines_and_scripts(tmp_path, capsys):
     assert splits["test"].features["label"].names == ["gut", "坏"]
     out = capsys.readouterr().out
     assert "fields separated by ';'" in out
-    assert "(a guess" not in out  # the byte order mark is no part of the first column's name
+    assert "(guessed" not in out  # the byte order mark is not part of the first column's name
 
 
-def test_a_stray_quotation_mark_in_a_tsv_swallows_no_row(tmp_path, capsys):
+def test_a_stray_quotation_mark_in_a_tsv_file_swallows_no_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [(f'"Wow {i}', "pos") for i in range(4)] + [(f'no" {i}', "neg") for i in range(4)]
     splits = text.load_text(write(tmp_path, csv_of(rows, delimiter="\t"), "reviews.tsv"))
     assert sorted(texts(splits)) == sorted(text for text, _ in rows)
@@ -269,13 +274,15 @@ def test_a_stray_quotation_mark_in_a_tsv_swallows_no_row(tmp_path, capsys):
         ([0.5, -0.5], ["-0.5", "0.5"]),
     ],
 )
-def test_labels_of_other_types_keep_their_natural_order(tmp_path, labels, names):
+def test_labels_of_other_types_are_in_their_natural_order(
+    tmp_path: Path, labels: list[object], names: list[str]
+) -> None:
     frame = pd.DataFrame({"text": [f"text {i}" for i in range(8)], "label": labels * 4})
     frame.to_parquet(tmp_path / "a.parquet")
     assert text.load_text(tmp_path / "a.parquet")["train"].features["label"].names == names
 
 
-def test_integer_labels_survive_a_missing_one(tmp_path, capsys):
+def test_a_missing_label_leaves_the_others_integers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frame = pd.DataFrame({"text": [f"text {i}" for i in range(8)], "label": [0, 1] * 4})
     frame.loc[0, "label"] = None
     frame.to_parquet(tmp_path / "a.parquet")
@@ -283,7 +290,9 @@ def test_integer_labels_survive_a_missing_one(tmp_path, capsys):
     assert "dropped 1 without label" in capsys.readouterr().out
 
 
-def test_incomplete_repeated_and_contradictory_rows_are_dropped_and_counted(tmp_path, capsys):
+def test_incomplete_repeated_and_contradictory_rows_are_dropped_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     extra = [("", "pos"), ("  ", "neg"), ("lone", ""), (" good film 1 ", "pos"), ("odd", "pos"), ("odd", "neg")]
     splits = text.load_text(write(tmp_path, csv_of(ROWS + extra)))
     out = capsys.readouterr().out
@@ -291,7 +300,7 @@ def test_incomplete_repeated_and_contradictory_rows_are_dropped_and_counted(tmp_
     assert sorted(texts(splits)) == sorted(text for text, _ in ROWS)
 
 
-def test_splits_of_a_file_are_honoured(tmp_path, capsys):
+def test_splits_of_a_file_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [(*row, "test" if i >= 16 else "train") for i, row in enumerate(ROWS)]
     rows += [("good film 9", "pos", "train")]  # also in test
     splits = text.load_text(write(tmp_path, csv_of(rows, "text,label,split")))
@@ -302,7 +311,9 @@ def test_splits_of_a_file_are_honoured(tmp_path, capsys):
     assert "column 'split' left out" in capsys.readouterr().out
 
 
-def test_mixed_values_of_json_become_strings_aloud(tmp_path, capsys):
+def test_mixed_values_of_json_become_strings_and_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [json.dumps({"text": t, "label": y, "n": i if i % 2 else "x"}) for i, (t, y) in enumerate(ROWS)]
     splits = text.load_text(write(tmp_path, "\n".join(lines), "a.jsonl"))
     assert "x" in splits["train"]["n"]
@@ -312,24 +323,36 @@ def test_mixed_values_of_json_become_strings_aloud(tmp_path, capsys):
 FAULTS = {
     "empty": ("", "reviews.csv is empty"),
     "header only": ("text,label\n", "is empty: it needs a header line and a row"),
-    "no text": (csv_of([("", "a"), ("", "b")]), "none of the 2 rows .* has a text"),
-    "no label": (csv_of([("a", ""), ("b", "")]), "none of the 2 rows .* has a label"),
-    "one class": (csv_of(ROWS[::2]), "needs two classes, and the training rows of .* have only 'pos'"),
-    "small class": (csv_of([*ROWS, ("x", "meh"), ("y", "meh")]), r"too small to split: 'meh' \(2\); give each 3"),
-    "regression": (csv_of([(f"t{i}", i / 7) for i in range(1, 9)]), "8 distinct values in 8 rows, quantities"),
+    "no text": (csv_of([("", "a"), ("", "b")]), "None of the 2 rows .* has a text"),
+    "no label": (csv_of([("a", ""), ("b", "")]), "None of the 2 rows .* has a label"),
+    "one class": (csv_of(ROWS[::2]), "needs two classes, but the training rows of .* have only 'pos'"),
+    "small class": (
+        csv_of([*ROWS, ("x", "meh"), ("y", "meh")]),
+        r"too small to split, 'meh' \(2\): give each at least 3",
+    ),
+    "regression": (
+        csv_of([(f"t{i}", i / 7) for i in range(1, 9)]),
+        "8 distinct values in 8 rows, so they look like quantities",
+    ),
     "ids": (csv_of([(f"t{i}", i % 300) for i in range(1500)]), "300 distinct values in 1,500 rows"),
-    "ragged": (csv_of([*ROWS, ("well, no", "neg")]), "line 22: 3 fields where the header has 2; put quotes"),
-    "open quote": (csv_of([*ROWS[:4], ('"never closed', "neg"), *ROWS[4:]]), "from line 6: unexpected end of data"),
-    "no header": (csv_of(ROWS[1:], ",".join(ROWS[0])), "lack a header line: 'pos' is a column and a label"),
+    "ragged": (csv_of([*ROWS, ("well, no", "neg")]), "Line 22 of .* has 3 fields, but the header has 2: put quot"),
+    "open quote": (
+        csv_of([*ROWS[:4], ('"never closed', "neg"), *ROWS[4:]]),
+        r"from line 6 on \(unexpected end of data\)",
+    ),
+    "no header": (
+        csv_of(ROWS[1:], ",".join(ROWS[0])),
+        "no header line, because 'pos' is both a column name and a label",
+    ),
     "twin columns": (csv_of([("a", "b")], "text,text"), "two columns of the same name"),
-    "one column": ("text\na\nb\n", "no column of labels beside 'text'"),
+    "one column": ("text\na\nb\n", "no column of labels besides 'text'"),
     "latin-1": ("text,label\nfine,a\ncafé,b\n".encode("latin-1"), r"not UTF-8 \(line 3, byte 0xe9\).*iconv -f cp1252"),
     "utf-16": ("text,label\nfine,a\n".encode("utf-16"), "line 1, byte 0xff.*iconv -f utf-16"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_of_a_csv_file(tmp_path, fault):
+def test_a_faulty_csv_file_is_refused(tmp_path: Path, fault: str) -> None:
     content, message = FAULTS[fault]
     with pytest.raises(DataError, match=message) as caught:
         text.load_text(write(tmp_path, content))
@@ -339,27 +362,31 @@ def test_faults_of_a_csv_file(tmp_path, fault):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', "line 2 is no JSON object .Expecting value at column"),
-        ("a.jsonl", '["a", 1]\n', r"line 1 is no JSON object \(\['a', 1\]\)"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 1}\n{"text": \n',
+            "Line 2 of .* is no JSON object .Expecting value at column",
+        ),
+        ("a.jsonl", '["a", 1]\n', r"Line 1 of .* is no JSON object \(\['a', 1\]\)"),
         ("a.jsonl", "\n", "is empty"),
-        ("a.jsonl", '{"a": 1, "b": 2}\n', "has no column of texts: name one with text="),
+        ("a.jsonl", '{"a": 1, "b": 2}\n', "has no column of texts: name one with `text=`"),
         ("a.jsonl", '{"text": ["a"], "label": 1}\n', "texts of .* are lists or objects"),
         ("a.jsonl", '{"text": "a", "label": [1, 2]}\n', "labels of .* are lists or objects"),
         ("a.parquet", "no parquet", "a.parquet is not a Parquet file"),
-        ("a.xlsx", "PK", "is of a type that is not read: save it as one of .csv"),
+        ("a.xlsx", "PK", "has an unsupported file type: save it as one of .csv"),
     ],
 )
-def test_faults_of_other_files(tmp_path, name, content, message):
+def test_other_faulty_files_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         text.load_text(str(write(tmp_path, content, name)))
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_or_column_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"there is no file reviews\.csv"):
+def test_a_missing_file_or_column_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"There is no file reviews\.csv"):
         text.load_text("reviews.csv")
     path = write(tmp_path, csv_of(ROWS))
-    with pytest.raises(DataError, match="no column 'lable': it has 'text', 'label', did you mean 'label'"):
+    with pytest.raises(DataError, match=r"no column 'lable': did you mean 'label'\? It has 'text', 'label'\."):
         text.load_text(path, label="lable")
     with pytest.raises(DataError, match="cannot be both"):
         text.load_text(path, text="text", label="text")
@@ -368,14 +395,16 @@ def test_a_missing_file_or_column_is_named(tmp_path):
 # The hub ----------------------------------------------------------------------------------------------------
 
 
-def hub_split(rows, names=("b", "a")) -> datasets.Dataset:
+def hub_split(rows: list[tuple[str, int]], names: Sequence[str] = ("b", "a")) -> datasets.Dataset:
     features = datasets.Features(sentence=datasets.Value("string"), label=datasets.ClassLabel(names=list(names)))
     return datasets.Dataset.from_dict(
         {"sentence": [t for t, _ in rows], "label": [y for _, y in rows]}, features=features
     )
 
 
-def test_hub_splits_and_label_names_are_kept(monkeypatch, capsys):
+def test_hub_splits_and_label_names_are_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     calls = []
     rows = [(f"text {i}", i % 2) for i in range(30)]
     hub = datasets.DatasetDict(
@@ -389,17 +418,25 @@ def test_hub_splits_and_label_names_are_kept(monkeypatch, capsys):
     assert set(splits["test"]["text"]) == {text for text, _ in rows[20:]}
     assert (splits["train"].num_rows, splits["validation"].num_rows) == (18, 2)
     out = capsys.readouterr().out
-    for said in ("split 'extra' left out", "1 without label", "validation split serves as test", "'sentence'"):
+    for said in (
+        "split 'extra' left out",
+        "1 without label",
+        "validation split is used as the test split",
+        "'sentence'",
+    ):
         assert said in out
 
 
-def test_hub_failures_are_one_line(monkeypatch):
-    def fail(*args):
+def test_a_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     monkeypatch.delenv("FTKIT_OFFLINE", raising=False)
-    with pytest.raises(DataError, match=r"^'owner/name' did not load from the hub \(no route\): check name and net"):
+    with pytest.raises(
+        DataError,
+        match=r"^The hub data set 'owner/name' could not be loaded \(no route\): check its name and the network",
+    ):
         text.load_text("owner/name")
     monkeypatch.setenv("FTKIT_OFFLINE", "1")
     with pytest.raises(DataError, match="unset FTKIT_OFFLINE"):
@@ -410,11 +447,13 @@ def test_hub_failures_are_one_line(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(registry.fetch("minilm"))
 
 
-def test_encode_keeps_rows_names_and_order_and_says_what_it_cuts(tokenizer, capsys):
+def test_encode_keeps_the_rows_and_reports_what_it_cuts(
+    tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
     splits = text.load_text("movie-sentiment", train=200, validation=20, test=20)
     capsys.readouterr()
     encoded = text.encode(splits, tokenizer, max_length=24)
@@ -431,47 +470,12 @@ def test_encode_keeps_rows_names_and_order_and_says_what_it_cuts(tokenizer, caps
     assert capsys.readouterr().out == ""
 
 
-def test_encode_refuses_what_the_model_cannot_read(tokenizer):
+def test_encode_refuses_what_the_model_cannot_read(tokenizer: PreTrainedTokenizerBase) -> None:
     splits = text.load_text("movie-sentiment", train=2, validation=2, test=2)
     with pytest.raises(DataError, match="max_length=513 is more than the 512 tokens"):
         text.encode(splits, tokenizer, max_length=513)
-    with pytest.raises(DataError, match="split 'train' has no column 'txt', only text, label, rating"):
+    with pytest.raises(DataError, match="The split 'train' has no column 'txt', only text, label, rating"):
         text.encode(splits, tokenizer, text="txt")
-
-
-def test_collate_pads_like_torch():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        lengths = rng.integers(1, 9, size=rng.integers(1, 6))
-        ids = [rng.integers(0, 100, n).tolist() for n in lengths]
-        hidden = [rng.normal(size=(n, 3)) for n in lengths]
-        rows = [
-            {"input_ids": i, "hidden": h, "tensor": torch.tensor(h).bfloat16(), "labels": int(n), "weight": 0.5}
-            for i, h, n in zip(ids, hidden, lengths, strict=True)
-        ]
-        batch = collate(rows, {"input_ids": 7, "labels": -100})
-        expected = pad_sequence([torch.tensor(i) for i in ids], batch_first=True, padding_value=7)
-        assert batch["input_ids"].dtype == torch.int64 and batch["input_ids"].equal(expected)
-        padded = pad_sequence([torch.tensor(h).float() for h in hidden], batch_first=True)
-        assert batch["hidden"].dtype == torch.float32 and batch["hidden"].equal(padded)
-        assert batch["tensor"].dtype == torch.float32 and batch["tensor"].equal(padded.bfloat16().float())
-        assert batch["labels"].dtype == torch.int64 and batch["labels"].tolist() == lengths.tolist()
-        assert batch["weight"].dtype == torch.float32 and batch["weight"].tolist() == [0.5] * len(lengths)
-
-
-def test_collate_pads_token_labels_with_their_own_value():
-    batch = collate([{"labels": [1, 2]}, {"labels": []}], {"labels": -100})
-    assert batch["labels"].tolist() == [[1, 2], [-100, -100]]
-    assert batch["labels"].dtype == torch.int64
-
-
-def test_collate_refuses_strings_and_shapes_that_do_not_fit():
-    with pytest.raises(DataError, match="column 'text' does not hold numbers"):
-        collate([{"text": "a"}], {})
-    with pytest.raises(DataError, match="column 'x' has values of different shapes"):
-        collate([{"x": np.zeros((2, 1))}, {"x": np.zeros((2, 3))}], {})
-    with pytest.raises(DataError, match="different shapes"):
-        collate([{"x": 1}, {"x": [1]}], {})
 
 
 def test_texts_are_cut_between_tokens_for_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:

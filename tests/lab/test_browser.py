@@ -1,6 +1,6 @@
-"""The control panel of notebook 01 as a reader meets it: JupyterLab on loopback, a headless Chromium, keys and clicks.
+"""The control panel of notebook 01 as a reader uses it: JupyterLab, a headless Chromium, keys and clicks.
 
-Its screenshots land in ``build/``.
+Screenshots are written to ``build/``.
 """
 
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from ftkit.data.assets import registry
-from ftkit.lab import results
+from ftkit.lab.results import read_ledger
 from ftkit.lab.runs.notebooks import assets_of
 
 ROOT = Path(__file__).parents[2]
@@ -27,13 +27,13 @@ NOTEBOOK = ROOT / "notebooks" / "01_full_fine_tuning.ipynb"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium here: on Debian `apt-get install chromium`, as .ci/run does"
+    CHROMIUM is None, reason="Chromium is not installed: on Debian `apt-get install chromium`, as .ci/run does"
 )
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """JupyterLab's address with its token, and the folder that it serves."""
+    """Address of a JupyterLab server, with its token, and the folder that it serves."""
     for name in assets_of(NOTEBOOK):
         registry.fetch(name, progress=False)
     folder = tmp_path_factory.mktemp("lab")
@@ -41,7 +41,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     source = NOTEBOOK.read_text(encoding="utf-8")
     assert source.count(f"{rate}None") == 1
     (folder / NOTEBOOK.name).write_text(source.replace(f"{rate}None", f"{rate}1.2e-4"), encoding="utf-8")
-    tracker = {"@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"}}  # all cells are on the page
+    tracker = {"@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"}}  # render all cells at once
     quiet = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
     settings = folder / ".settings"
     settings.mkdir()
@@ -63,20 +63,20 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
 
 
 def _address(runtime: Path) -> str:
-    """Where the server listens, once it does."""
+    """Wait for the server and return its address."""
     for _ in range(300):
         for file in runtime.glob("jpserver-*.json"):
             try:
                 address = json.loads(file.read_text(encoding="utf-8"))["url"]
                 urllib.request.urlopen(f"{address}api", timeout=5)
-            except (json.JSONDecodeError, urllib.error.URLError):  # half written, or not listening yet
+            except (json.JSONDecodeError, urllib.error.URLError):  # the file is incomplete or the server not ready yet
                 break
             return address
         time.sleep(0.2)
-    raise TimeoutError("JupyterLab did not start")
+    raise TimeoutError("JupyterLab did not start within a minute.")
 
 
-def test_a_reader_turns_trains_and_stops(lab: tuple[str, Path]) -> None:
+def test_a_reader_changes_settings_trains_and_stops(lab: tuple[str, Path]) -> None:
     from playwright.sync_api import expect, sync_playwright
 
     address, folder = lab
@@ -133,7 +133,7 @@ def test_a_reader_turns_trains_and_stops(lab: tuple[str, Path]) -> None:
         expect(rows.nth(1)).to_contain_text("stopped")
         panel.screenshot(path=build / "panel.png")
         browser.close()
-    first, second = results.read_ledger(folder / "runs" / "ledger.jsonl")
+    first, second = read_ledger(folder / "runs" / "ledger.jsonl")
     assert first["parameters"]["lr"] == 1.5e-4
     assert (first["settings"]["rows"], first["settings"]["num_epochs"]) == (200, 3)
     assert (first["error"], second["ended"]) == (None, "stopped")

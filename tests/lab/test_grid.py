@@ -1,4 +1,4 @@
-"""Grids: what the command line's values stand for, and runs in processes of their own; on tiny notebooks."""
+"""Grids: how values of the command line are parsed, and runs in separate processes; on tiny notebooks."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from ftkit import cli
 from ftkit.errors import SettingsError
-from ftkit.lab import results
+from ftkit.lab.results import LEDGER, read_ledger
 from ftkit.lab.runs import grid
 
 PARAMETERS = 'lr: float = 0.1\nseed: int = 0\ndata: str | None = None\nnote: str = ""\ntier: str = "cpu"'
 SCORES = """
 import os, pathlib
-from ftkit.results import save_metrics
+from ftkit.lab.results import save_metrics
 assert lr < 1, "lr is too large"
 limits = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
 settings = {"lr": lr, "seed": seed, "data": data, "test_rows": 100, **limits}
@@ -54,7 +54,7 @@ def notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def runs_on(pid: int) -> bool:
-    """Whether a process is there and not merely unburied by the init of a container."""
+    """Whether a process is alive; in a container without an init, an ended one may remain as a zombie."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -62,7 +62,7 @@ def runs_on(pid: int) -> bool:
 
 
 def runs() -> list[dict]:
-    return results.read_ledger(Path("out") / results.LEDGER)
+    return read_ledger(Path("out") / LEDGER)
 
 
 @pytest.mark.parametrize(
@@ -97,21 +97,21 @@ def test_values_of(text: str, values: list) -> None:
     assert grid.values_of(text) == values
 
 
-def test_the_name_of_a_file_is_one_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_an_existing_file_is_one_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert grid.values_of("a,b.csv") == ["a", "b.csv"]
     Path("a,b.csv").touch()
     Path("1").touch()
     assert grid.values_of("a,b.csv") == ["a,b.csv"]
-    assert grid.values_of("1") == [1]  # a number all the same
+    assert grid.values_of("1") == [1]  # a number, although there is such a file
 
 
-def test_a_range_that_runs_backwards_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"4\.\.0 runs backwards: write 0\.\.4"):
+def test_a_range_with_its_larger_number_first_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"The range 4\.\.0 has its larger number first: write 0\.\.4\."):
         grid.values_of("4..0")
 
 
-def test_a_plan_is_the_product_without_repetitions(notebook: Path) -> None:
+def test_a_plan_is_the_product_of_all_values_without_repetitions(notebook: Path) -> None:
     jobs = grid.plan(notebook, {"lr": [0.1, 0.2, 0.1], "seed": [0, 1], "note": ["x"]}, tier="cpu")
     pairs = [(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 1)]
     assert [job.parameters for job in jobs] == [{"lr": lr, "seed": seed, "note": "x"} for lr, seed in pairs]
@@ -122,17 +122,17 @@ def test_a_plan_is_the_product_without_repetitions(notebook: Path) -> None:
 def test_every_combination_is_checked_before_anything_starts(notebook: Path) -> None:
     with pytest.raises(ValueError, match="no parameter 'lrr': did you mean 'lr'"):
         grid.plan(notebook, {"lrr": [0.1, 0.2]}, tier="cpu")
-    with pytest.raises(SettingsError, match=r"lr=7 can't be: give a number, 1e-07 to 1"):
-        grid.plan(cli_notebook(), {"lr": [1e-4, 7]}, tier="smoke")
-    with pytest.raises(ValueError, match=r"lr is given 2 times: give all of its values at once, lr=A,B"):
+    with pytest.raises(SettingsError, match=r"lr=7 is not allowed: give a number from 1e-07 to 1"):
+        grid.plan(first_notebook(), {"lr": [1e-4, 7]}, tier="smoke")
+    with pytest.raises(ValueError, match=r"lr is given 2 times: give all its values at once, lr=A,B"):
         grid.each_once([("lr", [1]), ("seed", [0]), ("lr", [2])])
 
 
-def cli_notebook() -> Path:
+def first_notebook() -> Path:
     return Path(__file__).parents[2] / "notebooks" / "01_full_fine_tuning.ipynb"
 
 
-def test_an_identity_is_of_notebook_parameters_and_files(notebook: Path) -> None:
+def test_an_identity_depends_on_code_parameters_and_files(notebook: Path) -> None:
     def identity(**given: object) -> str:
         return grid.plan(notebook, {name: [value] for name, value in given.items()}, tier="cpu")[0].identity
 
@@ -154,9 +154,9 @@ def test_an_identity_is_of_notebook_parameters_and_files(notebook: Path) -> None
     assert identity(lr=0.1) != plain
 
 
-def test_a_default_that_is_given_is_the_same_run_where_there_is_a_settings_class() -> None:
+def test_with_a_settings_class_giving_a_default_is_the_same_run() -> None:
     axes = {"lr": [None, 1e-4, 3e-4], "rows": [1000]}
-    assert [job.parameters["lr"] for job in grid.plan(cli_notebook(), axes, tier="cpu")] == [1e-4, 3e-4]
+    assert [job.parameters["lr"] for job in grid.plan(first_notebook(), axes, tier="cpu")] == [1e-4, 3e-4]
 
 
 def test_a_grid_runs_what_is_missing(notebook: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -164,8 +164,8 @@ def test_a_grid_runs_what_is_missing(notebook: Path, capfd: pytest.CaptureFixtur
     assert cli.main(command) == 1
     out, err = capfd.readouterr()
     assert re.search(r"lr=5 failed: AssertionError: lr is too large \(cell 3, “Tiny”\)", err)
-    assert "ftkit: 1 of 3 runs failed; the same command tries them again" in err
-    assert "3/3" in err  # of the bar over all
+    assert "ftkit: 1 of 3 runs failed; the same command runs them again" in err
+    assert "3/3" in err  # the bar of the grid
     assert re.search(r"lr +method +accuracy.*\n *0\.1 +full +0\.600 .*\n *0\.2 +full +0\.700", out)
     first = runs()
     assert sorted(run["parameters"]["lr"] for run in first) == [0.1, 0.2, 5]
@@ -183,13 +183,13 @@ def test_a_grid_runs_what_is_missing(notebook: Path, capfd: pytest.CaptureFixtur
     (Path("out") / gone["id"]).rmdir()
     command[3] = "lr=0.1,0.2,0.3"
     assert cli.main(command) == 0
-    assert "1 of 3 runs are already there." in capfd.readouterr().err
+    assert "1 of 3 runs are already done." in capfd.readouterr().err
     assert [run["parameters"]["lr"] for run in runs()[3:]] in ([0.2, 0.3], [0.3, 0.2])
 
     assert cli.main(command) == 0
     assert len(runs()) == 5
     out, err = capfd.readouterr()
-    assert err == "3 of 3 runs are already there.\n"
+    assert err == "3 of 3 runs are already done.\n"
     assert re.search(r"^ *0\.3 +full +0\.800", out, re.MULTILINE)
 
 
@@ -203,15 +203,15 @@ def test_a_changed_notebook_is_run_again_with_all_threads(notebook: Path, capfd:
     assert cli.main(["compare", "out"]) == 0
     out = capfd.readouterr().out.split("95 % interval:")
     assert re.search(r"^ *full +0\.800 ", out[-2].rpartition("method")[2], re.MULTILINE)
-    assert "Left out: 2 runs of an earlier version of the notebook or of its data." in out[-1]
+    assert "Left out: 2 runs of an earlier version of the notebook or its data." in out[-1]
 
 
-def test_one_combination_is_a_run_as_ever(notebook: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_one_combination_is_an_ordinary_run(notebook: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         assert cli.main(["run", "tiny", "-p", "lr=0.3", "--jobs", "2", "--out", "out"]) == 0
     out, err = capfd.readouterr()
     assert out.splitlines()[-1].endswith("notebook.ipynb")
-    assert "already there" not in err
+    assert "already done" not in err
     assert [run["settings"]["OMP_NUM_THREADS"] for run in runs()] == [None, None]
 
 
@@ -246,11 +246,11 @@ def test_ctrl_c_leaves_no_process(notebook: Path, presses: int) -> None:
     if presses == 1:
         assert [run["error"] for run in runs()] == ["Interrupted (cell 3, “Tiny”)"] * 2
         assert all((path.parent / "report.html").exists() for path in started)
-    assert len([path for path in Path("out").iterdir() if path.is_dir()]) == 2  # the third never began
+    assert len([path for path in Path("out").iterdir() if path.is_dir()]) == 2  # the third run did not start
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM to another process")
-def test_sigterm_is_as_ctrl_c(notebook: Path) -> None:
+def test_sigterm_acts_as_ctrl_c(notebook: Path) -> None:
     write(notebook, SLEEPS)
     command = [sys.executable, "-m", "ftkit.cli", "run", "tiny", "--out", "out", "--html"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -271,7 +271,7 @@ def test_sigterm_is_as_ctrl_c(notebook: Path) -> None:
     assert [run["error"] for run in runs()] == ["Interrupted (cell 3, “Tiny”)"]
 
 
-def test_json_is_what_jobs_are_given(notebook: Path) -> None:
+def test_jobs_get_their_parameters_as_json(notebook: Path) -> None:
     write(
         notebook,
         "import json, os, pathlib\n(pathlib.Path(os.environ['FTKIT_RUN_DIR']) / 'given').write_text(json.dumps(note))",
@@ -281,4 +281,4 @@ def test_json_is_what_jobs_are_given(notebook: Path) -> None:
     assert grid.run_grid(notebook, jobs, tier="cpu", out="out", jobs=2) == 0
     arrived = [json.loads(path.read_text()) for path in Path("out").glob("*/given")]
     assert sorted(map(repr, arrived)) == sorted(map(repr, given))
-    assert os.environ.get("OMP_NUM_THREADS") is None  # ours is left alone
+    assert os.environ.get("OMP_NUM_THREADS") is None  # this process keeps its own

@@ -1,4 +1,4 @@
-"""The search box, with a model that knows colours only."""
+"""The search box, with a model that knows only colours."""
 
 import re
 import threading
@@ -21,7 +21,7 @@ PAIRS = Pairs(IMAGES, CAPTIONS, pd.DataFrame(index=range(5)))
 
 
 class Colours:
-    """Embeds an image as its mean colour, and a text as how often it names each; neither is of length 1."""
+    """Embeds an image as its mean colour and a text as the counts of colour names in it; neither has length 1."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -64,7 +64,7 @@ def test_a_sentence_finds_the_nearest_images_in_order(box):
     assert box.status.value == "" and not box.search_button.disabled and not box.sentence.disabled
 
 
-def test_all_captions_of_a_image_are_its_own(monkeypatch):
+def test_all_captions_of_an_image_are_marked_as_its_own(monkeypatch):
     monkeypatch.setattr(image_search, "somebody_is_there", lambda: True)
     chosen = [0, 1, 2, 1]
     captions = ["red", "green", "blue", "green green"]
@@ -76,12 +76,12 @@ def test_all_captions_of_a_image_are_its_own(monkeypatch):
     assert re.findall("<b>(green[^<]*)</b>", box.told.value) == ["green", "green green"]
 
 
-def test_a_image_finds_the_nearest_captions_each_once(box):
+def test_an_image_finds_the_nearest_captions_each_once(box):
     assert alts(box.told.value) == ["red &lt;b&gt;"]
     box.image.value = 4
     assert alts(box.told.value) == ["green"]
     told = re.findall(r'<td style="text-align: left">(.*?)</td>', box.told.value)
-    assert told == ["<b>green</b>", "red green", "red &lt;b&gt;"]  # its own is bold, what is written is escaped
+    assert told == ["<b>green</b>", "red green", "red &lt;b&gt;"]  # its own is bold, text is escaped
     assert cosines(box.told.value) == sorted(cosines(box.told.value), reverse=True)
     assert "red <b>" not in box.told.value + box.found.value
 
@@ -92,7 +92,7 @@ def test_pairs_are_encoded_once(box):
     assert box.model.asked == [["red <b>", "green", "blue", "red green"], ["red"], ["blue"]]
 
 
-def test_an_empty_sentence_is_said_to_be(box):
+def test_an_empty_sentence_is_refused(box):
     found = box.found.value
     ask(box, "   ")
     assert "Write a sentence" in box.status.value and box.found.value == found
@@ -102,7 +102,7 @@ def test_an_empty_sentence_is_said_to_be(box):
     assert box.status.value == "" and alts(box.found.value)[0] == "blue"
 
 
-def test_what_goes_wrong_is_said_and_the_button_works_again(box):
+def test_an_error_is_shown_and_the_button_works_again(box):
     ask(box, "fail")
     assert "no such &lt;word&gt;" in box.status.value
     assert not box.search_button.disabled and not box.sentence.disabled
@@ -112,32 +112,32 @@ def test_what_goes_wrong_is_said_and_the_button_works_again(box):
 
 
 def test_a_click_that_leaves_the_box_searches_once(box, monkeypatch):
-    go_on, encode = threading.Event(), box.model.encode_texts
+    proceed, encode = threading.Event(), box.model.encode_texts
 
     def slowly(texts):
-        go_on.wait(10)
+        proceed.wait(10)
         return encode(texts)
 
     monkeypatch.setattr(box.model, "encode_texts", slowly)
     box.sentence.value = "blue"
-    assert box.search_button.disabled and box.sentence.disabled and "at work" in box.status.value
+    assert box.search_button.disabled and box.sentence.disabled and "working" in box.status.value
     box.search_button.click()
-    go_on.set()
+    proceed.set()
     box.thread.join()
     assert box.model.asked.count(["blue"]) == 1
 
 
-def test_nobody_sees_what_the_opening_and_the_first_image_find():
-    still = search_box(Colours(), PAIRS, opening="green & red", k=2)
-    assert isinstance(still, StaticPreview)
-    shown = still._repr_html_()
+def test_the_static_preview_shows_what_the_opening_and_the_first_image_find():
+    preview = search_box(Colours(), PAIRS, opening="green & red", k=2)
+    assert isinstance(preview, StaticPreview)
+    shown = preview._repr_html_()
     assert "green &amp; red" in shown and "JupyterLab" in shown
     assert alts(shown) == ["red green", "green", "red &lt;b&gt;"]
     assert len(cosines(shown)) == 4
 
 
-def test_nothing_to_search_among_is_refused_and_few_are_all_shown():
-    with pytest.raises(ValueError, match="no images"):
+def test_no_pairs_are_refused_and_few_are_all_shown():
+    with pytest.raises(ValueError, match="There are no images to search in"):
         search_box(Colours(), PAIRS.take(np.zeros(len(PAIRS), dtype=bool)), opening="red")
     box = SearchBox(Colours(), PAIRS.take([0, 1]), "", 6)
     assert box.found.value == "" and len(cosines(box.told.value)) == 2

@@ -1,3 +1,5 @@
+"""The threads that OpenMP leaves waiting, counted in a process of their own."""
+
 import os
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from ftkit.lab.machine import release_threads
 
 COUNT = """
 import psutil, torch
-from ftkit.machine import release_threads
+from ftkit.lab.machine import release_threads
 torch.set_num_threads(2)
 many = torch.rand(2000, 2000)
 threads = []
@@ -22,8 +24,8 @@ print(*threads)
 """
 
 
-@pytest.mark.skipif(os.cpu_count() < 2, reason="one thread has nobody waiting")
-def test_threads_that_wait_are_let_go_and_come_back() -> None:
+@pytest.mark.skipif(os.cpu_count() < 2, reason="a single thread leaves none waiting")
+def test_idle_threads_end_and_come_back_with_the_next_operation() -> None:
     done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=True)
     used, released, used_again = map(int, done.stdout.split())
     assert released < used == used_again

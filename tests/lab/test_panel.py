@@ -1,6 +1,6 @@
-"""Every panel without a browser: all controls through their bounds and choices, runs kept, stopped, failed, compared.
+"""Every panel without a browser: all bounds and choices of its controls, finished, stopped and failed runs, comparison.
 
-What a kernel shows is asked of real kernels.
+Tests of what a kernel displays start real kernels.
 """
 
 import json
@@ -24,8 +24,8 @@ from tiny_bert import make_rows, make_tiny_bert
 
 from ftkit import TIERS
 from ftkit.errors import SettingsError
-from ftkit.lab import results, settings
-from ftkit.lab.results import Outcome
+from ftkit.lab import settings
+from ftkit.lab.results import Outcome, read_ledger
 from ftkit.lab.schema import NotebookSettings, Parameter, setting
 from ftkit.lab.settings import FullFineTuning
 from ftkit.lab.widgets.controls import make_controls
@@ -40,7 +40,7 @@ LABELS = np.arange(40) % 2
 
 
 class EveryKind(NotebookSettings):
-    """Settings of the kinds that no notebook has yet, and no seed."""
+    """Settings of the kinds that no notebook uses yet, without a seed."""
 
     NOTEBOOK: ClassVar = "99_every_kind"
     PANEL: ClassVar = ("share", "name", "count", "rates", "layers")
@@ -53,20 +53,20 @@ class EveryKind(NotebookSettings):
 
 
 def evaluation(wrong: int = 0, rows: int = len(LABELS)) -> Evaluation:
-    """Of ``rows`` rows, the first ``wrong`` of them misclassified."""
+    """Evaluation of ``rows`` rows of which the first ``wrong`` are misclassified."""
     labels = LABELS[:rows]
     answers = np.where(np.arange(rows) < wrong, 1 - labels, labels)
     return Evaluation(labels, np.eye(2)[answers], loss=0.5)
 
 
 def fake_train(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
-    """Takes no time and no step."""
+    """Training function that returns at once, without a step."""
     history = History(trainable_parameters=1234, seconds=0.5, peak_rss_mib=100.0)
     return Outcome(seed, history, {"test": evaluation(wrong=4)})
 
 
 def tiny_train(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
-    """A real training, of a tiny network; 12 steps an epoch."""
+    """Training function that trains a tiny network, with 12 steps per epoch."""
     network, rows = make_tiny_bert(), {"train": make_rows(90), "validation": make_rows(40, seed=1)}
     how = TrainSettings(lr=settings.lr, num_epochs=settings.num_epochs, batch_size=8, seed=seed)
     history = fit(network, rows, how, callbacks=callbacks)
@@ -74,7 +74,7 @@ def tiny_train(settings: NotebookSettings, seed: int, callbacks: Sequence[Callba
 
 
 def train(panel: Panel) -> None:
-    """Press Train and wait."""
+    """Press Train and wait until the run has ended."""
     panel.train_button.click()
     panel.thread.join(timeout=60)
     assert not panel.thread.is_alive()
@@ -82,7 +82,7 @@ def train(panel: Panel) -> None:
     assert panel.stop_button.disabled
 
 
-def told(widget: ipywidgets.HTML) -> str:
+def text_of(widget: ipywidgets.HTML) -> str:
     return BeautifulSoup(widget.value, "html.parser").get_text(" ")
 
 
@@ -91,7 +91,7 @@ def role(panel: Panel) -> str | None:
 
 
 def rows_of(panel: Panel) -> list[dict[str, str]]:
-    """The table, a dict a row by column."""
+    """The rows of the table, each as a dictionary by column."""
     table = BeautifulSoup(panel.table.value, "html.parser").table
     if table is None:
         return []
@@ -101,8 +101,8 @@ def rows_of(panel: Panel) -> list[dict[str, str]]:
 
 
 @pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """In a folder of its own, and failing on what ipywidgets would only log: an exception in a handler."""
+def _strict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A separate folder; fail on an exception in an event handler or a thread, which would only be logged."""
     monkeypatch.chdir(tmp_path)
     lost: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", lost.append)
@@ -112,18 +112,18 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
 
 
 def ends_and_choices(parameter: Parameter, widget: ipywidgets.ValueWidget) -> list[tuple[Any, Any]]:
-    """What a control can be set to that is worth a try, each with the value that the settings shall have then."""
+    """Values to try in a control, each with the value that the settings should have then."""
     low, high = parameter.low, parameter.high
     if isinstance(widget, ipywidgets.Dropdown):
         return [(choice, choice) for choice in parameter.choices]
     if isinstance(widget, ipywidgets.Checkbox):
         return [(True, True), (False, False)]
     if isinstance(widget, ipywidgets.SelectionSlider):
-        places = [place for _, place in widget.options]
-        assert places[0] == low < places[-1] == high
-        assert places == sorted(places)
-        assert len(places) >= 12
-        return [(place, place) for place in places[:: len(places) - 1] + places[3:12:4]]
+        positions = [position for _, position in widget.options]
+        assert positions[0] == low < positions[-1] == high
+        assert positions == sorted(positions)
+        assert len(positions) >= 12
+        return [(position, position) for position in positions[:: len(positions) - 1] + positions[3:12:4]]
     if isinstance(widget, ipywidgets.Text):
         return [(text, text.split(", ") if parameter.kind == "list" else text) for text in ("0.25, 4", "5", "five")]
     assert isinstance(widget, ipywidgets.IntSlider | ipywidgets.BoundedIntText)
@@ -132,9 +132,7 @@ def ends_and_choices(parameter: Parameter, widget: ipywidgets.ValueWidget) -> li
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("schema", [*SCHEMAS, EveryKind], ids=lambda schema: schema.NOTEBOOK)
-def test_every_control_of_every_panel_goes_through_its_bounds_and_choices(
-    schema: type[NotebookSettings], tier: str
-) -> None:
+def test_every_control_of_every_panel_takes_its_bounds_and_choices(schema: type[NotebookSettings], tier: str) -> None:
     start = schema.at(tier)
     panel = Panel(start, fake_train)
     assert list(panel.controls) == list(schema.PANEL)
@@ -151,9 +149,9 @@ def test_every_control_of_every_panel_goes_through_its_bounds_and_choices(
             already = len(panel.runs)
             try:
                 expected = start.changed(**{name: value})
-            except SettingsError as refusal:  # a text that means nothing here
+            except SettingsError as refusal:  # a text that is not allowed here
                 panel.train_button.click()
-                assert (told(panel.curve.status), role(panel)) == (str(refusal), "alert")
+                assert (text_of(panel.curve.status), role(panel)) == (str(refusal), "alert")
                 assert len(panel.runs) == already
             else:
                 train(panel)
@@ -164,11 +162,11 @@ def test_every_control_of_every_panel_goes_through_its_bounds_and_choices(
     assert panel.runs[-1].settings == start
 
 
-def test_there_is_a_panel_to_test() -> None:
+def test_the_settings_of_the_notebooks_are_found() -> None:
     assert FullFineTuning in SCHEMAS
 
 
-def test_a_start_that_no_slider_can_show_is_kept_to_the_last_digit() -> None:
+def test_a_start_value_keeps_all_its_digits() -> None:
     start = FullFineTuning.at("smoke", lr=1.2345e-4, warmup=1 / 3)
     panel = Panel(start, fake_train)
     train(panel)
@@ -183,8 +181,8 @@ def test_a_start_that_no_slider_can_show_is_kept_to_the_last_digit() -> None:
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.NOTEBOOK)
-def test_a_browser_leaves_the_start_of_every_slider_where_it_is(schema: type[NotebookSettings]) -> None:
-    """It sends a slider's nearest step back as soon as it has drawn it; an option's index is a step."""
+def test_a_browser_does_not_move_a_slider_from_its_start(schema: type[NotebookSettings]) -> None:
+    """A browser sends the slider's nearest step back as soon as it is drawn; the index of an option is such a step."""
     for control in make_controls(schema.at("cpu")).values():
         widget = control.widget
         assert not isinstance(widget, ipywidgets.FloatSlider | ipywidgets.FloatLogSlider)
@@ -193,7 +191,7 @@ def test_a_browser_leaves_the_start_of_every_slider_where_it_is(schema: type[Not
             assert control.value == getattr(schema.at("cpu"), control.parameter.name)
 
 
-def test_text_controls_take_lists_and_nothing() -> None:
+def test_text_controls_take_lists_and_empty_text() -> None:
     controls = make_controls(EveryKind.at("cpu", name="x"))
     assert controls["rates"].widget.value == "0.1, 1e-05"
     assert controls["count"].value is None
@@ -203,17 +201,17 @@ def test_text_controls_take_lists_and_nothing() -> None:
     assert controls["rates"].value == ["3"]
 
 
-def test_a_run_shows_its_curve_and_joins_table_and_ledger(tmp_path: Path) -> None:
+def test_a_run_appears_in_curve_table_and_ledger(tmp_path: Path) -> None:
     start = FullFineTuning.at("smoke", num_seeds=2, num_epochs=2, seed=3)
     panel = Panel(start, tiny_train)
-    assert "No run yet" in told(panel.table)
+    assert "No run yet" in text_of(panel.table)
     panel.controls["lr"].widget.value = 1e-3
     train(panel)
 
     image = BeautifulSoup(panel.curve.image.value, "html.parser").img
     assert image["src"].startswith("data:image/png;base64,")
     assert re.search(r"seed 4 \(2 of 2\): loss \d\.\d{3} at step 24 of 24, validation accuracy \d\.\d{3}", image["alt"])
-    assert (told(panel.curve.status), role(panel)) == ("Run 1 finished.", "status")
+    assert (text_of(panel.curve.status), role(panel)) == ("Run 1 finished.", "status")
 
     run = panel.runs[0]
     (row,) = rows_of(panel)
@@ -222,11 +220,11 @@ def test_a_run_shows_its_curve_and_joins_table_and_ledger(tmp_path: Path) -> Non
     assert row["accuracy on validation"] == f"{np.mean([e.accuracy for e in run.evaluations]):.3f}"
     assert row["95 % interval"] == f"{low:.3f} to {high:.3f}"
     assert row["trainable parameters"] == f"{run.outcomes[0].history.trainable_parameters:,}"
-    assert float(row["seconds a seed"]) > 0
+    assert float(row["seconds per seed"]) > 0
     assert int(row["peak memory (MiB)"].replace(",", "")) > 100
     assert (row["seeds"], row["ended"]) == ("2", "finished")
 
-    (entry,) = results.read_ledger(tmp_path / "runs" / "ledger.jsonl")
+    (entry,) = read_ledger(tmp_path / "runs" / "ledger.jsonl")
     assert entry["parameters"] == {"lr": 1e-3, "num_epochs": 2, "seed": 3, "num_seeds": 2}
     assert entry["settings"] == run.settings.model_dump()
     assert entry["metrics"]["panel"] == json.loads(json.dumps(run.entry)) | {"split": "validation"}
@@ -238,7 +236,7 @@ def test_a_run_shows_its_curve_and_joins_table_and_ledger(tmp_path: Path) -> Non
 
 
 class Press(Callback):
-    """A reader who presses Stop after a step (0: before the first) of the n-th seed."""
+    """Press Stop after a step (0: before the first step) of the n-th seed, as a reader would."""
 
     def __init__(self, panel: Panel, step: int, nth: int = 1) -> None:
         self.panel, self.step, self.nth, self.seeds = panel, step, nth, 0
@@ -274,8 +272,8 @@ def test_stop_ends_within_one_step_and_keeps_the_run(
     assert [len(outcome.history.steps) for outcome in panel.runs[0].outcomes] == taken
     assert rows_of(panel)[0]["ended"] == ended
     assert rows_of(panel)[0]["seeds"] == str(len(taken))
-    assert told(panel.curve.status) == f"Run 1 {ended}."
-    (entry,) = results.read_ledger(tmp_path / "runs" / "ledger.jsonl")
+    assert text_of(panel.curve.status) == f"Run 1 {ended}."
+    (entry,) = read_ledger(tmp_path / "runs" / "ledger.jsonl")
     assert (entry["ended"], entry["error"]) == ("stopped", None)
     assert len(entry["metrics"]["panel"]["by_seed"]) == len(taken)
 
@@ -284,15 +282,15 @@ def test_stop_ends_within_one_step_and_keeps_the_run(
     assert rows_of(panel)[1]["ended"] == "finished"
 
 
-def test_stop_before_the_first_step_has_nothing_to_keep(tmp_path: Path) -> None:
+def test_stop_before_the_first_step_keeps_no_run(tmp_path: Path) -> None:
     def pressed(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
         panel.stop_button.click()
         return tiny_train(settings, seed, callbacks)
 
     panel = Panel(FullFineTuning.at("smoke", num_seeds=3), pressed)
     train(panel)
-    assert "nothing to keep" in told(panel.curve.status)
-    assert rows_of(panel) == panel.runs == results.read_ledger(tmp_path / "runs" / "ledger.jsonl") == []
+    assert "no result to keep" in text_of(panel.curve.status)
+    assert rows_of(panel) == panel.runs == read_ledger(tmp_path / "runs" / "ledger.jsonl") == []
 
 
 @pytest.mark.parametrize(
@@ -304,7 +302,7 @@ def test_stop_before_the_first_step_has_nothing_to_keep(tmp_path: Path) -> None:
         (MemoryError(), "MemoryError"),
     ],
 )
-def test_a_failed_run_says_so_in_a_line_and_the_panel_goes_on(
+def test_a_failed_run_shows_one_line_and_the_panel_still_works(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], error: Exception, line: str
 ) -> None:
     def failing(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
@@ -314,53 +312,53 @@ def test_a_failed_run_says_so_in_a_line_and_the_panel_goes_on(
 
     panel = Panel(FullFineTuning.at("smoke", seed=1, num_seeds=2), failing)
     train(panel)
-    assert (told(panel.curve.status), role(panel), panel.runs) == (line, "alert", [])
+    assert (text_of(panel.curve.status), role(panel), panel.runs) == (line, "alert", [])
     panel.controls["seed"].widget.value = 0
-    train(panel)  # fails in its second seed: the first is kept
-    assert told(panel.curve.status) == line
+    train(panel)  # fails with its second seed: the result of the first is kept
+    assert text_of(panel.curve.status) == line
     assert rows_of(panel)[0]["ended"] == f"failed after 1 of 2 seeds: {line}"
     train(panel)
     assert rows_of(panel)[1]["ended"] == "finished"
-    entries = results.read_ledger(tmp_path / "runs" / "ledger.jsonl")
+    entries = read_ledger(tmp_path / "runs" / "ledger.jsonl")
     assert [(entry["error"], entry["ended"]) for entry in entries] == [(line, "failed")] * 2 + [(None, "finished")]
     assert entries[0]["metrics"] == {}
     assert entries[1]["metrics"]["panel"]["seeds"] == [0]
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_ledger_that_cannot_be_written_costs_no_run(tmp_path: Path) -> None:
+def test_a_run_is_kept_if_the_ledger_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where the folder should be", encoding="utf-8")
     panel = Panel(FullFineTuning.at("smoke"), fake_train)
     train(panel)
     assert len(rows_of(panel)) == 1
     assert role(panel) == "alert"
-    assert "runs" in told(panel.curve.status)
+    assert "runs" in text_of(panel.curve.status)
 
 
 def test_two_panels_do_not_train_at_once() -> None:
-    going, go = threading.Event(), threading.Event()
+    started, proceed = threading.Event(), threading.Event()
 
     def waiting(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
-        going.set()
-        assert go.wait(60)
+        started.set()
+        assert proceed.wait(60)
         return tiny_train(settings, seed, callbacks)
 
     one, other = (Panel(FullFineTuning.at("smoke", num_seeds=2), waiting) for _ in range(2))
     one.train_button.click()
-    assert going.wait(60)
+    assert started.wait(60)
     assert one.train_button.disabled
     assert not one.stop_button.disabled
     other.train_button.click()
     assert (role(other), other.thread) == ("alert", None)
-    other.stop_button.click()  # the reader may no longer have the first one before their eyes
-    go.set()
+    other.stop_button.click()  # the reader may no longer see the first panel
+    proceed.set()
     one.thread.join(60)
-    assert "nothing to keep" in told(one.curve.status)
+    assert "no result to keep" in text_of(one.curve.status)
     train(other)
     assert len(other.runs) == 1
 
 
-def test_further_figures_have_columns_means_over_the_seeds() -> None:
+def test_further_figures_have_columns_with_their_means_over_the_seeds() -> None:
     def measuring(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
         figures = {"weight_distance": 0.25 + seed} if settings.num_epochs == 2 else {}
         return Outcome(seed, History(), {"test": evaluation()}, figures)
@@ -373,20 +371,20 @@ def test_further_figures_have_columns_means_over_the_seeds() -> None:
     assert panel.runs[1].entry["weight_distance"] == 0.75
 
 
-def test_a_seed_may_have_several_trainings() -> None:
+def test_a_seed_may_have_several_training_runs() -> None:
     def two_tasks(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
         tiny_train(settings, seed, callbacks)
         return tiny_train(settings, seed, callbacks)
 
     panel = Panel(FullFineTuning.at("smoke"), two_tasks)
-    said = []
-    panel.curve.status.observe(lambda change: said.append(told(panel.curve.status)), "value")
+    messages = []
+    panel.curve.status.observe(lambda change: messages.append(text_of(panel.curve.status)), "value")
     train(panel)
     assert panel.curve.total_steps == 24
-    assert any("step 12 of 12" in text for text in said)
-    assert any("step 24 of 24" in text for text in said)
+    assert any("step 12 of 12" in text for text in messages)
+    assert any("step 24 of 24" in text for text in messages)
     train(panel)
-    assert panel.curve.total_steps == 24  # begun anew
+    assert panel.curve.total_steps == 24  # counted from the start again
 
 
 def test_two_runs_are_compared() -> None:
@@ -407,34 +405,34 @@ def test_two_runs_are_compared() -> None:
     assert panel._pair.layout.display != "none"
     assert panel.first.options == (("1: num_epochs 1", 0), ("2: num_epochs 2", 1))
     assert (panel.first.description, panel.second.description) == ("compare run", "with run")
-    assert "Run 2 has num_epochs 2; run 1 has num_epochs 1." in told(panel.comparison)
+    assert "Run 2 has num_epochs 2; run 1 has num_epochs 1." in text_of(panel.comparison)
     interval = r"Run 2 is better than run 1: accuracy on test \+0\.700, 95 % interval \+0\.5\d+ to \+0\.8\d+ "
-    assert re.search(interval + r"\(paired, 2 seeds\)", told(panel.comparison)), told(panel.comparison)
+    assert re.search(interval + r"\(paired, 2 seeds\)", text_of(panel.comparison)), text_of(panel.comparison)
     panel.first.value, panel.second.value = 0, 1
-    assert "Run 1 is worse than run 2: accuracy on test -0.700" in told(panel.comparison)
+    assert "Run 1 is worse than run 2: accuracy on test -0.700" in text_of(panel.comparison)
 
-    run(num_epochs=3)  # the new run beside the one that was chosen
+    run(num_epochs=3)  # the new run is compared with the chosen one
     assert (panel.first.value, panel.second.value) == (2, 1)
-    assert "Run 3 can't be told from run 2: accuracy on test +0.000" in told(panel.comparison)
+    assert "Run 3 can't be told from run 2: accuracy on test +0.000" in text_of(panel.comparison)
     assert [row["settings"] for row in rows_of(panel)] == [f"num_epochs {n}" for n in (1, 2, 3)]
 
     run(num_seeds=1)
-    assert told(panel.comparison).endswith("can't be paired: the number of seeds is 1 in run 4 and 2 in run 2.")
+    assert text_of(panel.comparison).endswith("cannot be paired: the number of seeds is 1 in run 4 and 2 in run 2.")
     run(num_seeds=2, batch_size=20)
-    assert "different rows" in told(panel.comparison)
+    assert "different rows" in text_of(panel.comparison)
     run()
     panel.second.value = 4
-    assert "No setting differs." in told(panel.comparison)
+    assert "No setting differs." in text_of(panel.comparison)
     panel.second.value = 5
-    assert told(panel.comparison) == "Choose two different runs."
+    assert text_of(panel.comparison) == "Choose two different runs."
 
 
 CELLS = (
     """
-from ftkit.callbacks import History
-from ftkit.results import Outcome
-from ftkit.settings import FullFineTuning
-from ftkit.widgets import panel
+from ftkit.training.state import History
+from ftkit.lab.results import Outcome
+from ftkit.lab.settings import FullFineTuning
+from ftkit.lab.widgets.panel import panel
 settings = FullFineTuning.at("smoke")
 panel(settings, None)
 """,
@@ -442,8 +440,8 @@ panel(settings, None)
 )
 
 
-def check_image(outputs: list[Any]) -> None:
-    """That there is a still panel, which needs no widget."""
+def check_preview(outputs: list[Any]) -> None:
+    """Check that the output is a static preview, which needs no widget."""
     (output,) = outputs
     assert set(output["data"]) == {"text/plain", "text/html"}
     assert output["data"]["text/plain"].startswith("[control panel: lr 0.0001, schedule linear, ")
@@ -455,16 +453,15 @@ def check_image(outputs: list[Any]) -> None:
     assert "JupyterLab" in table.caption.text
 
 
-def test_executed_with_nobody_there_a_image_stands_in() -> None:
+def test_a_notebook_executed_by_a_tool_shows_a_static_preview() -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     assert "widgets" not in notebook.metadata
-    check_image(notebook.cells[0].outputs)
+    check_preview(notebook.cells[0].outputs)
     assert notebook.cells[1].outputs[0].text == "42\n"
 
 
-def test_under_nbval_a_image_stands_in(tmp_path: Path) -> None:
-    """nbval compares with what is committed: the image."""
+def test_nbval_compares_the_static_preview(tmp_path: Path) -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
     nbformat.write(notebook, tmp_path / "with_panel.ipynb")
@@ -473,12 +470,12 @@ def test_under_nbval_a_image_stands_in(tmp_path: Path) -> None:
     assert "2 passed" in done.stdout, done.stdout
 
 
-def test_a_person_gets_the_panel_and_the_kernel_stays_free() -> None:
+def test_a_person_gets_the_panel_and_the_kernel_stays_free_while_it_trains() -> None:
     train = """
 import threading, time
-going = threading.Event()
+proceed = threading.Event()
 def train(settings, seed, callbacks):
-    going.wait(60)
+    proceed.wait(60)
     raise RuntimeError("enough")
 shown = panel(settings, train)
 shown
@@ -488,7 +485,7 @@ shown
         shown: list[dict[str, Any]] = []
 
         def run(cell: str) -> str:
-            """Send a cell as JupyterLab does; the text it printed."""
+            """Run a cell as JupyterLab does; returns the text that it printed."""
             shown.clear()
             answer = client.execute_interactive(cell, allow_stdin=True, timeout=120, output_hook=shown.append)
             assert answer["content"]["status"] == "ok", answer["content"]
@@ -501,11 +498,11 @@ shown
         assert "application/vnd.jupyter.widget-view+json" in result
         run("shown.train_button.click()")
         assert run("print(shown.thread.is_alive())") == "True\n"
-        assert run("going.set(); shown.thread.join(); print(shown.curve.status.value)").count("enough") == 1
+        assert run("proceed.set(); shown.thread.join(); print(shown.curve.status.value)").count("enough") == 1
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
 
 
-def test_without_a_kernel_nobody_is_there() -> None:
+def test_without_a_kernel_there_is_a_static_preview() -> None:
     assert "lr" in repr(panel(FullFineTuning.at("smoke"), fake_train))

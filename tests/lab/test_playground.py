@@ -1,11 +1,11 @@
-"""The chat box and the playground, with a tiny random language model that has smollm2's tokenizer."""
+"""The chat box and the playground, with a tiny random language model and the tokenizer of smollm2."""
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ftkit.data.assets.registry import fetch
-from ftkit.lab.widgets import playground as rooms
+from ftkit.lab.widgets import playground as module
 from ftkit.lab.widgets.display import StaticPreview
 from ftkit.lab.widgets.playground import ChatBox, Playground, chat_box, playground
 from ftkit.models.generation import generate
@@ -31,7 +31,7 @@ def model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
 
 @pytest.fixture
 def somebody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooms, "somebody_is_there", lambda: True)
+    monkeypatch.setattr(module, "somebody_is_there", lambda: True)
 
 
 def answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, turns: list[dict], **how: float) -> str:
@@ -44,20 +44,20 @@ def send(box: ChatBox) -> None:
         box.thread.join()
 
 
-def test_nobody_sees_the_most_probable_answer(model, tokenizer) -> None:
-    still = chat_box(model, tokenizer, opening="Hello", max_new_tokens=12)
-    assert isinstance(still, StaticPreview)
-    said = answer(model, tokenizer, [{"role": "user", "content": "Hello"}])
+def test_the_static_preview_shows_the_greedy_answer(model, tokenizer) -> None:
+    preview = chat_box(model, tokenizer, opening="Hello", max_new_tokens=12)
+    assert isinstance(preview, StaticPreview)
+    reply = answer(model, tokenizer, [{"role": "user", "content": "Hello"}])
     box = ChatBox(model, tokenizer, "Hello", 12)
     box.temperature.value = 0
     send(box)
-    assert box.turns == [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": said}]
-    assert box.conversation.value in still._repr_html_()
-    assert "widget" not in still._repr_html_() and "JupyterLab" in still._repr_html_()
+    assert box.turns == [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": reply}]
+    assert box.conversation.value in preview._repr_html_()
+    assert "widget" not in preview._repr_html_() and "JupyterLab" in preview._repr_html_()
 
 
 @pytest.mark.usefixtures("somebody")
-def test_a_chat_goes_on_from_what_was_said(model, tokenizer) -> None:
+def test_a_chat_continues_from_the_earlier_turns(model, tokenizer) -> None:
     box = chat_box(model, tokenizer, opening="Hello", max_new_tokens=12)
     send(box)
     assert box.message.value == ""
@@ -78,13 +78,13 @@ def test_a_stopped_answer_keeps_its_beginning(model, tokenizer, monkeypatch) -> 
         box.stop_button.click()
         yield "two "
 
-    monkeypatch.setattr(rooms, "generate", pieces)
+    monkeypatch.setattr(module, "generate", pieces)
     send(box)
     assert box.turns[-1]["content"] == "one "
     assert not box.send_button.disabled and box.stop_button.disabled
 
 
-def test_an_empty_message_and_one_too_long_are_refused_in_words(model, tokenizer) -> None:
+def test_an_empty_message_and_a_too_long_one_are_refused_with_a_sentence(model, tokenizer) -> None:
     box = ChatBox(model, tokenizer, "  ", 12)
     send(box)
     assert "Write something" in box.status.value
@@ -92,23 +92,23 @@ def test_an_empty_message_and_one_too_long_are_refused_in_words(model, tokenizer
     send(box)
     assert "window of 512: give fewer" in box.status.value
     assert box.turns == [] and not box.send_button.disabled
-    assert box.message.value.startswith("word")  # what was written is not lost
+    assert box.message.value.startswith("word")  # the reader's text is not lost
 
 
-def test_the_playground_shows_what_the_prompt_scores(model, tokenizer) -> None:
+def test_the_playground_shows_the_probabilities_of_the_first_row(model, tokenizer) -> None:
     how = {"pool": ROWS, "template": TEMPLATE, "verbalizer": VERBALIZER}
-    still = playground(model, tokenizer, ROWS, **how)
+    preview = playground(model, tokenizer, ROWS, **how)
     encoded, words = encode_prompts(ROWS, TEMPLATE, VERBALIZER, tokenizer)
     evaluation = to_evaluation(score(model, encoded, words), encoded["labels"])
-    shown = still._repr_html_()
-    assert f"{evaluation.correct.sum()} of 4 rows right" in shown
+    shown = preview._repr_html_()
+    assert f"{evaluation.correct.sum()} of 4 rows correct" in shown
     assert "Review: Fine &lt;b&gt;!" in shown
     for p in evaluation.probabilities[0]:
         assert f"<td>{p:.3f}</td>" in shown
 
 
 @pytest.mark.usefixtures("somebody")
-def test_the_playground_says_what_is_wrong_with_a_template(model, tokenizer) -> None:
+def test_the_playground_explains_what_is_wrong_with_a_template(model, tokenizer) -> None:
     shown = playground(model, tokenizer, ROWS, pool=ROWS, template=TEMPLATE, verbalizer=VERBALIZER)
     assert isinstance(shown, Playground)
     shown.template.value = "Review: {txt}"

@@ -1,4 +1,4 @@
-"""Executing notebooks, their results, and the report; on tiny notebooks, nothing is trained."""
+"""Run notebooks and write their results and report; on tiny notebooks that train nothing."""
 
 import base64
 import json
@@ -18,8 +18,7 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from ftkit.lab import results
-from ftkit.lab.results import format_table, results_table, save_metrics
+from ftkit.lab.results import LEDGER, format_table, read_ledger, results_table, save_metrics
 from ftkit.lab.runs.notebooks import Run, find_notebook, parameters_help, run_notebook
 from ftkit.lab.runs.report import write_report
 from ftkit.lab.settings import FullFineTuning
@@ -52,7 +51,7 @@ OUTPUTS = """
 import os, sys, pathlib
 import ipywidgets, pandas
 from IPython.display import HTML, Image, Javascript, display
-from ftkit.results import results_table, save_metrics
+from ftkit.lab.results import results_table, save_metrics
 save_metrics({"lr": lr, "tier": tier}, {"full": {"accuracy": 0.8125, "ci95": [0.78, 0.84], "seeds": [0, 1]}})
 print("lr is", lr, "at", tier, "from", sys.executable, "in", os.getcwd(), pathlib.Path.home() / "x")
 print("step 1\\rstep 2", file=sys.stderr)
@@ -65,7 +64,7 @@ PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNg+M9QDwADgQG
 
 
 def write_notebook(path: Path, *cells: str) -> Path:
-    """A notebook of code cells (Markdown where they begin with #␠) below a title and a `parameters` cell."""
+    """A title, a `parameters` cell, then the given cells: Markdown if they begin with # and a space, else code."""
     parameters = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
     made = [new_markdown_cell("# A tiny notebook"), parameters]
     made += [new_markdown_cell(c) if re.match("#+ ", c) else new_code_cell(c) for c in cells]
@@ -80,10 +79,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Run:
-    """A run that finished, with its report; it has all that a report must cope with."""
+    """A finished run of a notebook with everything that a report must handle."""
     (folder / "near.png").write_bytes(base64.b64decode(PIXEL))
     notebook = write_notebook(folder / "tiny.ipynb", IDEA, f"PIXEL = {PIXEL!r}\n{OUTPUTS}", "", "# Again a title")
-    other = folder / "jupyter" / "kernels" / "python3"  # a kernelspec of another interpreter, found before ours
+    other = folder / "jupyter" / "kernels" / "python3"  # a kernelspec of another interpreter, found first
     other.mkdir(parents=True)
     spec = {"argv": ["no-such-python", "{connection_file}"], "display_name": "other", "language": "python"}
     (other / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
@@ -115,7 +114,7 @@ def test_parameters_tier_and_interpreter_reach_the_notebook(run: Run) -> None:
 
 
 def entry_of(run: Run) -> dict:
-    (entry,) = [entry for entry in results.read_ledger(run.folder.parent / results.LEDGER) if entry["id"] == run.id]
+    (entry,) = [entry for entry in read_ledger(run.folder.parent / LEDGER) if entry["id"] == run.id]
     return entry
 
 
@@ -146,12 +145,12 @@ def test_unknown_names_are_refused_before_anything_runs(tmp_path: Path) -> None:
     assert "\n" not in str(refused.value)
     with pytest.raises(ValueError, match=r"parameters\.lr is nan: give a finite number"):
         run_notebook(notebook, {"lr": float("nan")}, out=tmp_path / "out")
-    with pytest.raises(ValueError, match="did you mean 'smoke'"):
+    with pytest.raises(ValueError, match=r"There is no tier 'smok': did you mean 'smoke'"):
         run_notebook(notebook, {"tier": "smok"}, out=tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match=r"No notebook .*no_such\.ipynb"):
+    with pytest.raises(FileNotFoundError, match=r"There is no notebook .*no_such\.ipynb"):
         run_notebook(tmp_path / "no_such.ipynb", out=tmp_path / "out")
     (tmp_path / "text.ipynb").write_text("not a notebook", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"text\.ipynb can't be read as a notebook"):
+    with pytest.raises(ValueError, match=r"text\.ipynb cannot be read as a notebook"):
         run_notebook(tmp_path / "text.ipynb", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -174,12 +173,12 @@ def test_a_failing_cell_keeps_what_ran(failed: Run) -> None:
     assert failed.error in alert.get_text()
     assert "KeyError" in page.select_one(alert.a["href"]).get_text()
     assert "so far" in page.get_text()
-    assert "Takeaways" not in page.get_text()  # claims of cells that never ran
+    assert "Takeaways" not in page.get_text()  # text on results of cells that never ran
 
 
-def test_a_kernel_that_dies_is_an_error_of_the_run(tmp_path: Path) -> None:
+def test_a_kernel_that_dies_ends_the_run_with_an_error(tmp_path: Path) -> None:
     notebook = write_notebook(tmp_path / "dies.ipynb", "import os; os._exit(1)", "print('later')")
-    run = run_notebook(notebook, out=tmp_path / "out {x}", progress=False)  # no placeholder: a name
+    run = run_notebook(notebook, out=tmp_path / "out {x}", progress=False)  # braces in a path are part of its name
     assert run.error.startswith("The kernel died")
     assert run.error in BeautifulSoup(write_report(run).read_text(encoding="utf-8"), "html.parser").get_text()
 
@@ -216,12 +215,12 @@ def test_ctrl_c_leaves_a_report_and_no_kernel(tmp_path: Path) -> None:
     assert stdout.strip() == "Interrupted (cell 3, “A tiny notebook”) True"
     assert "Traceback" not in stderr
     assert "so far" in (pids[0].parent / "report.html").read_text(encoding="utf-8")
-    assert psutil.wait_procs(family, timeout=10)[1] == []  # one that was killed is there until the system noted it
-    (entry,) = results.read_ledger(tmp_path / "out" / results.LEDGER)
+    assert psutil.wait_procs(family, timeout=10)[1] == []  # a killed process exists until the system has noticed
+    (entry,) = read_ledger(tmp_path / "out" / LEDGER)
     assert entry["error"] == "Interrupted (cell 3, “A tiny notebook”)"
 
 
-def test_the_bar_names_the_heading_and_can_be_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_shows_the_heading_and_can_be_switched_off(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     notebook = write_notebook(tmp_path / "tiny.ipynb", "## The idea", "1")
     run_notebook(notebook, out=tmp_path / "out", progress=False)
     assert capfd.readouterr() == ("", "")
@@ -229,7 +228,7 @@ def test_the_bar_names_the_heading_and_can_be_quiet(tmp_path: Path, capfd: pytes
     assert re.search(r"The idea +3/3 cells", capfd.readouterr().err)
 
 
-def test_runs_started_together_get_folders_of_their_own(tmp_path: Path) -> None:
+def test_runs_started_together_get_separate_folders(tmp_path: Path) -> None:
     notebook = write_notebook(tmp_path / "tiny.ipynb")
     script = (
         "import sys; from ftkit.lab.runs.notebooks import run_notebook; print(run_notebook(sys.argv[1], out='out').id)"
@@ -243,7 +242,7 @@ def test_runs_started_together_get_folders_of_their_own(tmp_path: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         ids = list(pool.map(start, range(3)))
     assert sorted(ids) == sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
-    assert sorted(ids) == sorted(entry["id"] for entry in results.read_ledger(tmp_path / "out" / results.LEDGER))
+    assert sorted(ids) == sorted(entry["id"] for entry in read_ledger(tmp_path / "out" / LEDGER))
     assert len(set(ids)) == 3
     assert all(run_id.startswith("tiny-") for run_id in ids)
 
@@ -265,10 +264,10 @@ def test_equations_become_mathml(page: BeautifulSoup) -> None:
     assert equations[1].get_text() == "a<b"
     assert page.find("code", string="$HOME")
     assert '"$x$"' in page.get_text()
-    assert page.find("code", string=r"\nosuchcommand{x}")  # not understood: its source, not rubbish
+    assert page.find("code", string=r"\nosuchcommand{x}")  # latex2mathml fails: the source is shown
 
 
-def test_a_report_opens_with_its_summary(run: Run, page: BeautifulSoup) -> None:
+def test_a_report_begins_with_its_summary(run: Run, page: BeautifulSoup) -> None:
     assert [heading.get_text() for heading in page.select("h1")] == ["A tiny notebook"]
     assert page.html["lang"] == "en"
     summary = page.select_one(".summary")
@@ -281,7 +280,7 @@ def test_a_report_opens_with_its_summary(run: Run, page: BeautifulSoup) -> None:
     assert not page.select("[role=alert]")
 
 
-def test_the_summary_says_what_each_setting_is(run: Run, tmp_path: Path) -> None:
+def test_the_summary_describes_each_changed_setting(run: Run, tmp_path: Path) -> None:
     (tmp_path / "notebook.ipynb").write_bytes(run.executed.read_bytes())
     ours = replace(
         run,
@@ -294,7 +293,7 @@ def test_the_summary_says_what_each_setting_is(run: Run, tmp_path: Path) -> None
         [cell.get_text() for cell in line.find_all(["th", "td"])] for line in page.select(".summary table.words tr")
     ]
     assert rows == [
-        ["setting", "this run", "default", "what it is"],
+        ["setting", "this run", "default", "meaning"],
         ["lr", "0.0003", "0.0001", "peak learning rate of full fine-tuning"],
         ["rows", "500", "1000", "training rows of each seed (rows)"],
     ]
@@ -330,7 +329,7 @@ def test_a_report_names_no_folder_of_the_machine(run: Run) -> None:
     text = BeautifulSoup(write_report(run).read_text(encoding="utf-8"), "html.parser").get_text()
     for private in (Path.home() / "x", Path.cwd(), Path(sys.executable).parent, run.folder):
         assert str(private) not in text
-    # what lies below the current folder may be shown from there on
+    # a path below the current folder may be shown relative to it
     assert re.search(rf"…/(?:\S+/)?{re.escape(Path(sys.executable).name)}", text)
 
 
@@ -354,12 +353,12 @@ def test_metrics_that_are_not_finite_are_refused(tmp_path: Path, bad: object) ->
     before = (tmp_path / "metrics.json").read_bytes()
     with pytest.raises(ValueError, match=r"^metrics\.full\.accuracy.* is (nan|inf): [^\n]+$"):
         save_metrics({}, {"full": {"accuracy": bad}}, folder=tmp_path)
-    with pytest.raises(TypeError, match=r"settings\.model is a object"):
+    with pytest.raises(TypeError, match=r"settings\.model has the type object"):
         save_metrics({"model": object()}, METRICS, folder=tmp_path)
     assert (tmp_path / "metrics.json").read_bytes() == before
 
 
-def test_the_table_reads_the_same_everywhere() -> None:
+def test_the_table_is_the_same_in_a_notebook_and_a_terminal() -> None:
     table = results_table(METRICS)
     assert list(table.index) == ["majority", "linear probe"]
     assert list(table.loc["linear probe"]) == ["0.650", "0.620 to 0.680", "3", "12,770", "12.3", "1,812"]
@@ -372,6 +371,6 @@ def test_the_table_reads_the_same_everywhere() -> None:
 
 def test_importing_runs_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'pandas', 'numpy', 'papermill', 'nbformat', 'nbconvert', 'matplotlib', 'psutil', 'tqdm'}"
-    script = f"import sys, ftkit.runs; sys.exit(str({heavy} & set(sys.modules) or '') or 0)"
+    script = f"import sys, ftkit.lab.runs.notebooks; sys.exit(str({heavy} & set(sys.modules) or '') or 0)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The schema and the settings of every notebook: one sentence refuses what can't be, wherever it comes from."""
+"""The schema and the settings of every notebook: one sentence refuses a wrong value, wherever it comes from."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_parameters_cell_is_the_one_of_the_settings_class(path: Path) -> None:
+def test_the_parameters_cell_matches_the_settings_class(path: Path) -> None:
     cells = [c.source for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
     schema = settings_of(path)
     assert cells == [schema.parameters_cell()], f"paste what {schema.__name__}.parameters_cell() returns"
@@ -28,18 +28,18 @@ def test_the_parameters_cell_is_the_one_of_the_settings_class(path: Path) -> Non
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_each_tier_has_all_its_defaults_within_bounds(path: Path, tier: str) -> None:
+def test_all_defaults_of_a_tier_are_within_bounds(path: Path, tier: str) -> None:
     chosen = settings_of(path).at(tier)
     assert chosen.differing() == {}
     assert chosen.tier == tier
 
 
-def test_a_notebook_that_is_not_ours_has_no_settings() -> None:
+def test_a_notebook_outside_the_kit_has_no_settings() -> None:
     assert settings_of("my_own.ipynb") is None
     assert settings_of(Path("elsewhere") / "01_full_fine_tuning.ipynb") is FullFineTuning
 
 
-def test_a_value_that_is_given_wins_and_none_is_the_tiers() -> None:
+def test_a_given_value_wins_and_none_is_the_default_of_the_tier() -> None:
     chosen = FullFineTuning.at("smoke", lr=3e-4, rows=None, seed=2, num_seeds=3)
     assert (chosen.lr, chosen.rows, chosen.seeds) == (3e-4, 64, [2, 3, 4])
     assert chosen.differing() == {"lr": (1e-4, 3e-4), "seed": (0, 2), "num_seeds": (1, 3)}
@@ -51,32 +51,34 @@ def test_the_environment_overrides_the_tier_of_the_cell(monkeypatch: pytest.Monk
     monkeypatch.setenv("FTKIT_TIER", "smoke")
     assert FullFineTuning.from_cell(cell) == FullFineTuning.at("smoke", lr=0.5)
     monkeypatch.setenv("FTKIT_TIER", "smok")
-    with pytest.raises(SettingsError, match=r"no tier 'smok': did you mean 'smoke'\? It can be smoke, cpu, gpu"):
+    with pytest.raises(
+        SettingsError, match=r"There is no tier 'smok': did you mean 'smoke'\? The tiers are smoke, cpu, gpu\."
+    ):
         FullFineTuning.from_cell(cell)
 
 
 REFUSED = [
-    ({"lr": 7}, "lr=7 can't be: give a number, 1e-07 to 1 (peak learning rate"),
+    ({"lr": 7}, "lr=7 is not allowed: give a number from 1e-07 to 1 (peak learning rate"),
     ({"lr": float("nan")}, "1e-07 to 1"),
-    ({"rows": "many"}, "rows='many' can't be: give a whole number, 2 to 1,000,000"),
+    ({"rows": "many"}, "rows='many' is not allowed: give a whole number from 2 to 1,000,000"),
     ({"rows": 1}, "2 to 1,000,000"),
     ({"row": 100}, "no parameter 'row': did you mean 'rows'?"),
-    ({"schedule": "cosin"}, "did you mean 'cosine'? It can be linear, cosine, constant"),
-    ({"keep_best": "maybe"}, "give true or false"),
-    ({"live_rows": 3}, "give a list such as [200]"),
-    ({"live_rows": [200, "x"]}, "live_rows='x' can't be: give a list such as [200]"),
+    ({"schedule": "cosin"}, "did you mean 'cosine'? Give one of linear, cosine, constant"),
+    ({"keep_best": "maybe"}, "keep_best='maybe' is not allowed: give true or false ("),
+    ({"live_rows": 3}, "give a list such as [200], each item from 2 to 1,000,000"),
+    ({"live_rows": [200, "x"]}, "live_rows='x' is not allowed: give a list such as [200], each item from"),
     ({"live_rates": [0.1, 7]}, "7 is outside 1e-07 to 1"),
     ({"dataset": "reuter8"}, "did you mean 'reuters8'?"),
-    ({"dataset": __file__}, "given as data"),
+    ({"dataset": __file__}, "give a file of your own as `data`"),
     ({"far_domains": ["tweet-sentimnt"]}, "did you mean 'tweet-sentiment'?"),
     ({"model": "minlm"}, "did you mean 'minilm'?"),
-    ({"model": ""}, "model='' can't be"),
+    ({"model": ""}, "model='' is not allowed"),
     ({"data": "no-such.csv"}, "no such file"),
 ]
 
 
 @pytest.mark.parametrize(("wrong", "words"), REFUSED, ids=lambda value: str(value)[:30])
-def test_what_cannot_be_is_refused_in_one_line(wrong: dict, words: str) -> None:
+def test_a_wrong_value_is_refused_in_one_line(wrong: dict, words: str) -> None:
     with pytest.raises(SettingsError) as refused:
         FullFineTuning.at("cpu", **wrong)
     assert words in str(refused.value)
@@ -84,12 +86,12 @@ def test_what_cannot_be_is_refused_in_one_line(wrong: dict, words: str) -> None:
 
 
 @pytest.mark.parametrize("good", [{"dataset": "owner/name"}, {"model": "owner/name"}, {"label": 1}, {"data": __file__}])
-def test_hub_ids_files_and_columns_named_by_numbers_are_taken(good: dict) -> None:
+def test_hub_ids_files_and_numbers_as_column_names_are_accepted(good: dict) -> None:
     assert FullFineTuning.at("cpu", **good)
 
 
 @pytest.mark.parametrize(("given", "words"), [({"lrr": 1e-3}, "did you mean 'lr'"), ({"lr": 9}, "1e-07 to 1")])
-def test_papermill_itself_is_refused_too(tmp_path: Path, given: dict, words: str) -> None:
+def test_papermill_without_ftkit_run_is_refused_too(tmp_path: Path, given: dict, words: str) -> None:
     setup = "from ftkit.lab.settings import FullFineTuning\nlrx = 1\nsettings = FullFineTuning.from_cell(globals())"
     cells = [
         new_code_cell(FullFineTuning.parameters_cell(), metadata={"tags": ["parameters"]}),
@@ -105,7 +107,7 @@ def test_papermill_itself_is_refused_too(tmp_path: Path, given: dict, words: str
     assert refused.value.ename == "SettingsError"
 
 
-def test_every_parameter_says_what_it_is() -> None:
+def test_every_parameter_is_described() -> None:
     for schema in (settings_of(path) for path in NOTEBOOKS):
         assert issubclass(schema, NotebookSettings)
         for parameter in schema.parameters():
@@ -114,10 +116,14 @@ def test_every_parameter_says_what_it_is() -> None:
             assert set(parameter.defaults) == set(TIERS)
 
 
-def test_images_and_their_tower_are_known_names_folders_or_hub_ids(tmp_path: Path) -> None:
+def test_images_and_image_models_are_known_names_folders_or_hub_ids(tmp_path: Path) -> None:
     given = {"images": str(tmp_path), "image_model": "owner/vision"}
     assert Contrastive.at("cpu", **given).changed(image_model="small-vit").images == str(tmp_path)
-    with pytest.raises(SettingsError, match=r"images='emojis' can't be: did you mean 'emoji'\? Give emoji, a folder"):
+    with pytest.raises(
+        SettingsError, match=r"images='emojis' is not allowed: did you mean 'emoji'\? Give emoji, a folder"
+    ):
         Contrastive.at("cpu", images="emojis")
-    with pytest.raises(SettingsError, match=r"image_model='minilm' can't be: .* Give efficientnet-lite0, small-vit"):
+    with pytest.raises(
+        SettingsError, match=r"image_model='minilm' is not allowed: .* Give efficientnet-lite0, small-vit"
+    ):
         Contrastive.at("cpu", image_model="minilm")

@@ -1,4 +1,4 @@
-"""EfficientNet against the library's network, of which it is a faster form."""
+"""EfficientNet compared with the library's network, which computes the same more slowly."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def make_images(number: int, height: int, width: int | None = None) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (100, 100), (128, 128), (224, 224), (96, 160)])
-def test_features_are_the_librarys(library: nn.Module, network: EfficientNet, size: tuple[int, int]) -> None:
+def test_features_equal_those_of_the_library(library: nn.Module, network: EfficientNet, size: tuple[int, int]) -> None:
     images = make_images(2, *size)
     with torch.inference_mode():
         expected = library.extract_features(images).mean((2, 3))
@@ -36,8 +36,8 @@ def test_features_are_the_librarys(library: nn.Module, network: EfficientNet, si
     assert torch.linalg.norm(actual - expected) <= 1e-4 * torch.linalg.norm(expected)
 
 
-def test_gradients_are_the_librarys_and_reach_every_weight(library: nn.Module, network: EfficientNet) -> None:
-    """In-place activations must not spoil what the backward pass reads."""
+def test_gradients_equal_those_of_the_library_and_reach_every_weight(library: nn.Module, network: EfficientNet) -> None:
+    """In-place activations must not overwrite what the backward pass reads."""
     gradients = []
     for encode in (network, lambda images: library.extract_features(images).mean((2, 3))):
         images = make_images(2, 64).requires_grad_()
@@ -49,7 +49,7 @@ def test_gradients_are_the_librarys_and_reach_every_weight(library: nn.Module, n
     network.zero_grad()
 
 
-def test_there_is_no_state_that_a_batch_changes(network: EfficientNet) -> None:
+def test_a_batch_changes_no_state(network: EfficientNet) -> None:
     images = make_images(3, 64)
     with torch.no_grad():
         alone, together = network(images[:1]), network.train()(images)
@@ -58,7 +58,7 @@ def test_there_is_no_state_that_a_batch_changes(network: EfficientNet) -> None:
     assert torch.allclose(alone, together[:1], atol=1e-4)
 
 
-def test_random_weights_come_from_the_seed_and_keep_the_signal_alive() -> None:
+def test_random_weights_depend_on_the_seed_and_keep_the_scale_of_the_signal() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -69,5 +69,5 @@ def test_random_weights_come_from_the_seed_and_keep_the_signal_alive() -> None:
         assert torch.equal(one(images), same(images))
         assert not torch.allclose(one(images), other(images))
         features = one(images)
-    assert features.std(0).mean() > 0.03  # images differ in their features: with the library's start they don't
+    assert features.std(0).mean() > 0.03  # features differ between images, unlike with the library's random weights
     assert 0.1 < features.mean() < 3

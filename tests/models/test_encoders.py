@@ -1,4 +1,4 @@
-"""Encoders against what transformers computes from the same weights."""
+"""Encoders compared with what transformers computes from the same weights."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ from ftkit.errors import ModelError
 from ftkit.models.encoders import load_clip, load_image_encoder, load_text_encoder
 
 BODY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-BODY |= {"initializer_range": 0.3}  # wide enough for each weight to show
+BODY |= {"initializer_range": 0.3}  # large enough for every weight to change the output
 TEXT = {**BODY, "vocab_size": VOCABULARY, "max_position_embeddings": 16}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 VIT = {**BODY, "image_size": 16, "patch_size": 4}
@@ -74,7 +74,7 @@ def test_minilm_gives_the_mean_over_tokens() -> None:
         vectors = encoder(**batch)
         network = AutoModel.from_pretrained(fetch("minilm")).eval()
         tokenizer = AutoTokenizer.from_pretrained(fetch("minilm"))
-        for vector, text in zip(vectors, texts, strict=True):  # one at a time, there is no padding
+        for vector, text in zip(vectors, texts, strict=True):  # one at a time, so without padding
             states = network(**tokenizer(text, return_tensors="pt")).last_hidden_state
             assert torch.allclose(vector, states[0].mean(0), atol=1e-5)
     assert encoder.width == vectors.shape[1] == 384
@@ -93,7 +93,7 @@ def test_padding_does_not_change_a_vector(tmp_path: Path) -> None:
         assert not torch.allclose(encoder(padded["input_ids"]), vector, atol=1e-2)
 
 
-def test_texts_of_siglip_fill_its_window_whatever_the_batch(tmp_path: Path) -> None:
+def test_siglip_pads_texts_to_its_window_in_any_batch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = SiglipConfig(text_config={**TEXT, **TOKENS}, vision_config=VIT)
     model = SiglipModel(config).eval()
@@ -115,13 +115,13 @@ def test_texts_of_siglip_fill_its_window_whatever_the_batch(tmp_path: Path) -> N
         torch.testing.assert_close(towers.encode_texts(TEXTS, batch_size=size), head)
 
 
-def test_every_weight_of_a_text_encoder_learns(tmp_path: Path) -> None:
+def test_every_weight_of_a_text_encoder_gets_a_gradient(tmp_path: Path) -> None:
     encoder = load_text_encoder(save_bert(tmp_path))
     encoder(**encoder.tokenizer(TEXTS, padding=True, return_tensors="pt")).square().sum().backward()
     assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
 
 
-def test_an_encoder_of_a_pair_with_a_decoder_is_taken(tmp_path: Path) -> None:
+def test_of_an_encoder_decoder_the_encoder_is_used(tmp_path: Path) -> None:
     config = T5Config(
         vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, pad_token_id=0, eos_token_id=2
     )
@@ -134,7 +134,7 @@ def test_an_encoder_of_a_pair_with_a_decoder_is_taken(tmp_path: Path) -> None:
         assert torch.allclose(encoder(**batch), expected, atol=1e-5)
 
 
-def test_random_text_encoder_comes_from_the_seed_and_dropout_is_set(tmp_path: Path) -> None:
+def test_a_random_text_encoder_depends_on_the_seed_and_dropout_is_set(tmp_path: Path) -> None:
     folder = save_bert(tmp_path)
     one, same, other = (load_text_encoder(folder, pretrained=False, dropout=0.3, seed=seed) for seed in (1, 1, 2))
     first, second, third = (encoder.network.embeddings.word_embeddings.weight for encoder in (one, same, other))
@@ -144,7 +144,7 @@ def test_random_text_encoder_comes_from_the_seed_and_dropout_is_set(tmp_path: Pa
     assert {module.p for module in one.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
 
 
-def test_efficientnet_takes_any_size() -> None:
+def test_efficientnet_accepts_any_size() -> None:
     encoder = load_image_encoder("efficientnet-lite0")
     assert (encoder.size, encoder.width) == (None, 1280)
     assert encoder.mean == pytest.approx((127 / 255,) * 3)
@@ -156,7 +156,7 @@ def test_efficientnet_takes_any_size() -> None:
     assert not torch.equal(random.network.head.weight, encoder.network.head.weight)
 
 
-def test_small_vit_is_the_mean_over_patches() -> None:
+def test_small_vit_gives_the_mean_over_patches() -> None:
     encoder = load_image_encoder("small-vit", size=64, seed=1)
     assert (encoder.size, encoder.width, encoder.mean, encoder.std) == (64, 128, (0.5,) * 3, (0.5,) * 3)
     images = make_images(64).requires_grad_()
@@ -187,7 +187,7 @@ def test_a_pooler_that_is_not_in_the_checkpoint_is_not_used(tmp_path: Path) -> N
         assert torch.allclose(encoder(make_images()), states[:, 1:].mean(1), atol=1e-6)
 
 
-def test_a_convolutional_model_of_transformers_is_flat(tmp_path: Path) -> None:
+def test_a_convolutional_model_of_transformers_gives_flat_vectors(tmp_path: Path) -> None:
     ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1])).save_pretrained(tmp_path)
     encoder = load_image_encoder(tmp_path)
     assert (encoder.size, encoder.width) == (None, 12)
@@ -195,7 +195,7 @@ def test_a_convolutional_model_of_transformers_is_flat(tmp_path: Path) -> None:
         assert encoder(make_images(32)).shape == (3, 12)
 
 
-def test_clip_is_reproduced_by_its_parts(tmp_path: Path) -> None:
+def test_the_parts_of_clip_reproduce_its_logits(tmp_path: Path) -> None:
     texts, images, text_projection, image_projection, scale = load_clip(save_clip(tmp_path))
     batch = texts.tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -205,11 +205,11 @@ def test_clip_is_reproduced_by_its_parts(tmp_path: Path) -> None:
         expected = model(pixel_values=make_images(), **batch).logits_per_image
         actual = torch.tensor(scale).exp() * image @ text.T
     assert torch.allclose(actual, expected, atol=1e-4)
-    assert expected.std() > 0.1  # else anything would pass
+    assert expected.std() > 0.1  # otherwise any logits would pass
     assert (images.size, images.mean, images.std) == (16, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
-def test_each_half_of_clip_loads_alone(tmp_path: Path) -> None:
+def test_each_encoder_of_clip_loads_alone(tmp_path: Path) -> None:
     texts, images, *_ = load_clip(save_clip(tmp_path))
     batch = texts.tokenizer(TEXTS, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -218,14 +218,14 @@ def test_each_half_of_clip_loads_alone(tmp_path: Path) -> None:
     assert texts.pooling == "pooler"
 
 
-def test_images_that_are_not_to_be_normalised(tmp_path: Path) -> None:
+def test_a_model_without_normalisation_has_mean_0_and_std_1(tmp_path: Path) -> None:
     ViTModel(ViTConfig(**VIT)).save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False}))
     encoder = load_image_encoder(tmp_path)
     assert (encoder.mean, encoder.std) == ((0.0,) * 3, (1.0,) * 3)
 
 
-def test_the_wrong_kind_of_tower_is_refused(tmp_path: Path) -> None:
+def test_the_wrong_kind_of_encoder_is_refused(tmp_path: Path) -> None:
     bert, vit = save_bert(tmp_path / "bert"), tmp_path / "vit"
     ViTModel(ViTConfig(**VIT)).save_pretrained(vit)
     with pytest.raises(ModelError, match=r"bert.*reads input_ids.*image encoder.*efficientnet-lite0"):
@@ -242,7 +242,7 @@ def test_the_wrong_kind_of_tower_is_refused(tmp_path: Path) -> None:
         load_text_encoder("efficientnet-lite0")
 
 
-def test_what_cannot_be_had_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_failed_load_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FTKIT_OFFLINE", "1")
     with pytest.raises(ModelError, match=r"no model 'minilmm'.*minilm"):
         load_text_encoder("minilmm")
@@ -252,7 +252,7 @@ def test_what_cannot_be_had_is_refused_in_a_sentence(tmp_path: Path, monkeypatch
         load_image_encoder("someone/nothing-here")
     with pytest.raises(ModelError, match="FTKIT_OFFLINE is set"):
         load_clip("someone/nothing-here")
-    with pytest.raises(ModelError, match=r"A dropout of 1\.5"):
+    with pytest.raises(ModelError, match=r"The dropout is 1\.5"):
         load_text_encoder("minilm", dropout=1.5)
     with pytest.raises(ModelError, match="A size of 100 pixels"):
         load_image_encoder("small-vit", size=100)

@@ -1,4 +1,4 @@
-"""Text of tiny random language models held to transformers' own; models that say what the test has them say."""
+"""Text of tiny random language models compared with transformers, and of models that follow a script."""
 
 import copy
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from ftkit.models.generation import generate, next_tokens
 from ftkit.models.loading import load_language_model
 
 PROMPT = "Once upon a time"
-END = 2  # of smollm2
+END = 2  # end token of smollm2
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def make_lm(family: str) -> t.PreTrainedModel:
 
 
 def make_speaker(tokenizer: t.PreTrainedTokenizerBase, text: str) -> t.PreTrainedModel:
-    """A model that says the tokens of a text, one a call, and then its end."""
+    """A model that gives the tokens of a text, one for each call, and then the end token."""
     model = make_lm("llama")
     script: Iterator[int] = iter([*tokenizer(text)["input_ids"], END])
 
@@ -43,11 +43,11 @@ def make_speaker(tokenizer: t.PreTrainedTokenizerBase, text: str) -> t.PreTraine
     return model
 
 
-# What it says -------------------------------------------------------------------------------------------------
+# Text ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "mamba", "soft prompt"])
-def test_greedy_text_is_that_of_transformers(family: str, tokenizer: t.PreTrainedTokenizerBase) -> None:
+def test_greedy_text_equals_that_of_transformers(family: str, tokenizer: t.PreTrainedTokenizerBase) -> None:
     model = make_lm("llama" if family == "soft prompt" else family)
     if family == "soft prompt":
         model = get_peft_model(model, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)).eval()
@@ -55,11 +55,11 @@ def test_greedy_text_is_that_of_transformers(family: str, tokenizer: t.PreTraine
     ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
     ids = ids[inputs["input_ids"].shape[1] :] if family != "soft prompt" else ids[-12:]
     text = "".join(generate(model, tokenizer, PROMPT, max_new_tokens=12))
-    assert len(set(ids.tolist())) > 1  # not one word over and over
+    assert len(set(ids.tolist())) > 1  # not one token repeated
     assert text.rstrip("�") == tokenizer.decode(ids, skip_special_tokens=True).rstrip("�")
 
 
-def test_smollm2_answers_in_a_chat_as_transformers_have_it() -> None:
+def test_smollm2_answers_in_a_chat_as_in_transformers() -> None:
     model, tokenizer = load_language_model("smollm2")
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
@@ -88,7 +88,7 @@ def test_samples_follow_the_temperature(tokenizer: t.PreTrainedTokenizerBase) ->
     assert texts.count("yes") / 150 == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 150) ** 0.5)
 
 
-def test_the_seed_alone_gives_the_text(tokenizer: t.PreTrainedTokenizerBase) -> None:
+def test_the_text_depends_on_the_seed_alone(tokenizer: t.PreTrainedTokenizerBase) -> None:
     model = make_lm("llama")
     before = torch.get_rng_state()
 
@@ -100,7 +100,7 @@ def test_the_seed_alone_gives_the_text(tokenizer: t.PreTrainedTokenizerBase) -> 
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_next_tokens_are_the_most_probable_of_all(tokenizer: t.PreTrainedTokenizerBase) -> None:
+def test_next_tokens_are_the_most_probable_ones(tokenizer: t.PreTrainedTokenizerBase) -> None:
     model = make_lm("gpt2")
     table = next_tokens(model, tokenizer, PROMPT, k=5)
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_no_character_is_cut(text: str, tokenizer: t.PreTrainedTokenizerBase) ->
     assert len(pieces) > 2
 
 
-def test_a_character_that_is_not_whole_at_the_end_is_left_out(tokenizer: t.PreTrainedTokenizerBase) -> None:
+def test_a_character_that_is_incomplete_at_the_end_is_left_out(tokenizer: t.PreTrainedTokenizerBase) -> None:
     tokens = len(tokenizer(" fox🦥")["input_ids"])
     assert "".join(generate(make_speaker(tokenizer, " fox🦥"), tokenizer, "A", max_new_tokens=tokens - 1)) == " fox"
     assert "".join(generate(make_speaker(tokenizer, " fox🦥"), tokenizer, "A", max_new_tokens=tokens)) == " fox🦥"
@@ -141,20 +141,20 @@ def test_a_character_that_is_not_whole_at_the_end_is_left_out(tokenizer: t.PreTr
         (["never", "bad film"], " good\nRev\n\nReview: 我看那部 bad"),
     ],
 )
-def test_it_ends_before_a_stop_string(stop: list[str], expected: str, tokenizer: t.PreTrainedTokenizerBase) -> None:
+def test_text_ends_before_a_stop_string(stop: list[str], expected: str, tokenizer: t.PreTrainedTokenizerBase) -> None:
     text = " good\nRev\n\nReview: 我看那部 bad"
     pieces = list(generate(make_speaker(tokenizer, text), tokenizer, "It is", stop=stop))
     assert "".join(pieces) == expected
     assert all(pieces)
 
 
-def test_it_ends_at_every_end_token_of_the_model(tokenizer: t.PreTrainedTokenizerBase) -> None:
+def test_text_ends_at_every_end_token_of_the_model(tokenizer: t.PreTrainedTokenizerBase) -> None:
     model = make_speaker(tokenizer, " a fox and")
     model.generation_config.eos_token_id = [0, tokenizer(" fox")["input_ids"][0]]
     assert "".join(generate(model, tokenizer, "It is")) == " a"
 
 
-def test_the_space_before_the_first_word_is_kept_where_a_tokenizer_drops_it() -> None:
+def test_the_space_before_the_first_word_is_kept_if_the_tokenizer_drops_it() -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {token: i for i, token in enumerate(["<unk>", "▁It", "</s>", "▁is", "▁good"])}
@@ -168,7 +168,7 @@ def test_the_space_before_the_first_word_is_kept_where_a_tokenizer_drops_it() ->
     assert list(generate(model, tokenizer, "It is", max_new_tokens=2)) == [" good", " good"]
 
 
-def test_between_pieces_the_caller_can_train(tokenizer: t.PreTrainedTokenizerBase) -> None:
+def test_the_caller_can_train_between_pieces(tokenizer: t.PreTrainedTokenizerBase) -> None:
     model = make_lm("llama").train()
     pieces = generate(model, tokenizer, PROMPT, max_new_tokens=3)
     next(pieces)
@@ -177,7 +177,7 @@ def test_between_pieces_the_caller_can_train(tokenizer: t.PreTrainedTokenizerBas
     assert torch.is_grad_enabled()
 
 
-def test_what_can_not_be_continued_is_refused(tokenizer: t.PreTrainedTokenizerBase) -> None:
+def test_invalid_arguments_are_refused(tokenizer: t.PreTrainedTokenizerBase) -> None:
     model = make_lm("llama")
     for options, message in (
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
@@ -187,7 +187,7 @@ def test_what_can_not_be_continued_is_refused(tokenizer: t.PreTrainedTokenizerBa
     ):
         with pytest.raises(ValueError, match=message):
             generate(model, tokenizer, PROMPT, **options)
-    with pytest.raises(ValueError, match="LlamaForSequenceClassification is no causal language model"):
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification is not a causal language model"):
         generate(make_tiny("llama"), tokenizer, PROMPT)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = 64

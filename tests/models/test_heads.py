@@ -1,4 +1,4 @@
-"""The heads of a sequence: the same scores as the layer they were cut from, and a row's own classes alone."""
+"""Several heads: the same scores as the layer they were split from, and only a row's own classes."""
 
 import copy
 
@@ -21,7 +21,7 @@ def mixed_batch(model, sequence):
 
 
 @pytest.mark.parametrize("family", TEXT_CLASSIFIERS)
-def test_cutting_the_last_layer_changes_no_score(family):
+def test_splitting_the_last_layer_changes_no_score(family):
     config = copy.deepcopy(CONFIGS[family])
     config.num_labels = 7
     network = AutoModelForSequenceClassification.from_config(config).eval()
@@ -36,7 +36,7 @@ def test_cutting_the_last_layer_changes_no_score(family):
         torch.testing.assert_close(scores.logits[row, columns], before[row, columns])
 
 
-def test_a_mixed_batch_has_the_loss_of_each_head_by_itself():
+def test_the_loss_of_a_mixed_batch_is_the_sum_over_its_heads():
     sequence = make_sequence()
     model = make_model(sequence)
     batch = mixed_batch(model, sequence)
@@ -60,13 +60,13 @@ def test_a_mixed_batch_has_the_loss_of_each_head_by_itself():
 def test_a_row_gives_other_heads_no_gradient():
     sequence = make_sequence()
     model = make_model(sequence)
-    batch = {name: value[:4] for name, value in mixed_batch(model, sequence).items()}  # of the first task
+    batch = {name: value[:4] for name, value in mixed_batch(model, sequence).items()}  # first task
     F.cross_entropy(model(**{n: v for n, v in batch.items() if n != "labels"}).logits, batch["labels"]).backward()
     for name, head in model.head_parameters().items():
         assert model.get_parameter(name).grad.ne(0).any() == (head == "head 0"), name
 
 
-def test_a_growing_head_scores_all_classes_so_far():
+def test_a_growing_head_scores_all_classes_seen_so_far():
     sequence = make_sequence("growing")
     model = make_model(sequence)
     batch = mixed_batch(model, sequence)
@@ -77,7 +77,7 @@ def test_a_growing_head_scores_all_classes_so_far():
     assert make_model(make_sequence("many_domains"))(**batch).logits.isfinite().all()
 
 
-def test_a_head_is_found_by_name_and_classes_are_those_of_all():
+def test_heads_are_found_by_name_and_probabilities_cover_all_classes():
     sequence = make_sequence()
     model = make_model(sequence)
     sizes = {}
@@ -93,7 +93,7 @@ def test_a_head_is_found_by_name_and_classes_are_those_of_all():
 
 def test_a_network_for_other_classes_is_refused():
     with pytest.raises(
-        ValueError, match="The tasks have 7 classes in all, and BertForSequenceClassification has a head"
+        ValueError, match="The tasks have 7 classes in all, but BertForSequenceClassification has a head"
     ):
         MultiHead(make_tiny_bert(num_labels=4), make_sequence())
     with pytest.raises(ValueError, match="BertModel has no head"):

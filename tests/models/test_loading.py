@@ -1,4 +1,4 @@
-"""Real weights (minilm) for what a reader does, tiny random networks of many families for the rest."""
+"""Loading and saving: real weights for what a reader does, tiny random networks of many families for the rest."""
 
 import json
 import re
@@ -98,7 +98,7 @@ def head_of(model: nn.Module) -> torch.Tensor:
 # A real model -------------------------------------------------------------------------------------------------
 
 
-def test_minilm_gets_a_new_head_and_keeps_all_below_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_minilm_gets_a_new_head_and_keeps_all_weights_below_it(capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = load_classifier("minilm", ["negative", "positive"])
     assert capsys.readouterr().out == ""
     assert model.config.id2label == {0: "negative", 1: "positive"}
@@ -112,7 +112,7 @@ def test_minilm_gets_a_new_head_and_keeps_all_below_it(capsys: pytest.CaptureFix
     assert tokenizer.tokenize("An unwatchable film") == ["an", "un", "##watch", "##able", "film"]
 
 
-def test_the_seed_gives_the_head_and_the_chance_of_others_stays() -> None:
+def test_the_seed_sets_the_head_and_leaves_the_global_random_state_unchanged() -> None:
     before = torch.get_rng_state()
     heads = [head_of(load_classifier("minilm", 3, seed=seed)[0]) for seed in (0, 0, 1)]
     assert torch.equal(before, torch.get_rng_state())
@@ -142,7 +142,7 @@ os.environ["FTKIT_OFFLINE"] = "1"
 from transformers.utils import logging
 logging.set_verbosity_info()
 before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-from ftkit.models import load, load_classifier, save
+from ftkit.models.loading import load, load_classifier, save
 model, tokenizer = load_classifier("minilm", 2)
 load(save(model, tokenizer, {folder!r}))
 load_classifier("minilm", 2, pretrained=False)
@@ -151,7 +151,7 @@ assert before == (logging.get_verbosity(), logging.is_progress_bar_enabled()), b
 
 
 @pytest.mark.parametrize("bars", [None, "1"])
-def test_loading_and_saving_say_nothing_and_leave_transformers_as_talkative_as_it_was(
+def test_loading_and_saving_print_nothing_and_restore_the_verbosity_of_transformers(
     tmp_path: Path, bars: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
@@ -167,9 +167,7 @@ def test_loading_and_saving_say_nothing_and_leave_transformers_as_talkative_as_i
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_classifies_a_padded_batch_as_it_does_single_texts(
-    family: str, save_tiny: Callable[..., Path]
-) -> None:
+def test_every_family_classifies_a_padded_batch_like_single_texts(family: str, save_tiny: Callable[..., Path]) -> None:
     model, tokenizer = load_classifier(save_tiny(FAMILIES[family]), ["bad", "good", "odd"])
     together = logits_of(model, tokenizer)
     assert together.shape == (2, 3)
@@ -182,13 +180,13 @@ def test_every_family_classifies_a_padded_batch_as_it_does_single_texts(
 def test_dropout_is_set_everywhere(family: str, dropout: float, save_tiny: Callable[..., Path]) -> None:
     model, tokenizer = load_classifier(save_tiny(FAMILIES[family]), 2, dropout=dropout)
     assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} <= {dropout}
-    # what the attention applies without a module, and a dropped layer, show in the logits only
+    # dropout inside the attention function, and dropped layers, show in the logits only
     expected = logits_of(model, tokenizer)
     torch.manual_seed(0)
     assert torch.equal(logits_of(model.train(), tokenizer), expected) == (dropout == 0)
 
 
-def test_dropout_leaves_the_dropping_of_layers_alone(save_tiny: Callable[..., Path]) -> None:
+def test_dropout_does_not_change_layerdrop(save_tiny: Callable[..., Path]) -> None:
     model, _ = load_classifier(save_tiny(FAMILIES["bart"]), 2, dropout=0.3)
     assert model.config.encoder_layerdrop == 0
 
@@ -219,7 +217,7 @@ def test_weights_missing_below_the_head_are_named(
     )
 
 
-def test_parameters_are_counted_once_and_by_whether_they_train(save_tiny: Callable[..., Path]) -> None:
+def test_shared_parameters_are_counted_once_and_frozen_ones_not_as_trainable(save_tiny: Callable[..., Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(save_tiny(FAMILIES["gpt2"]))
     assert model.lm_head.weight is model.transformer.wte.weight
     tied = len(WORDS) * 32
@@ -233,7 +231,7 @@ def test_parameters_are_counted_once_and_by_whether_they_train(save_tiny: Callab
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2", "llama"])
-def test_what_is_saved_loads_in_plain_transformers_with_identical_logits(
+def test_a_saved_model_loads_in_plain_transformers_with_identical_logits(
     family: str, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = load_classifier(save_tiny(FAMILIES[family]), ["good", "bad"], seed=5)
@@ -253,7 +251,7 @@ def test_what_is_saved_loads_in_plain_transformers_with_identical_logits(
     assert torch.equal(logits_of(again, tokenizer_again).cpu(), expected)
 
     more, _ = load_classifier(folder, 5)
-    assert capsys.readouterr().out == f"{folder}: its head is for 2 classes, not 5: a new one takes its place\n"
+    assert capsys.readouterr().out == f"{folder}: its head is for 2 classes, not 5: a new one replaces it\n"
     assert logits_of(more, tokenizer).shape == (2, 5)
 
     renamed, _ = load_classifier(folder, ["bad", "good"])
@@ -269,19 +267,19 @@ def test_saving_over_the_folder_that_was_loaded_keeps_the_new_weights(tmp_path: 
     assert torch.equal(head_of(again), torch.full((2, 32), 0.5))
 
 
-def test_a_folder_called_as_an_asset_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_with_the_name_of_an_asset_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model, _ = load(save(make_tiny_bert(), make_tokenizer(), "minilm"))
     assert model.config.hidden_size == 32
 
 
-def test_a_file_in_the_way_is_no_silent_loss(tmp_path: Path) -> None:
+def test_saving_to_the_path_of_a_file_raises_an_error(tmp_path: Path) -> None:
     (tmp_path / "saved").write_text("")
     with pytest.raises(OSError, match="saved"):
         save(make_tiny_bert(), make_tokenizer(), tmp_path / "saved")
 
 
-# What goes wrong ----------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------------------
 
 
 def refuse(source: str | Path, message: str, labels: object = 2, **options: object) -> None:
@@ -290,17 +288,17 @@ def refuse(source: str | Path, message: str, labels: object = 2, **options: obje
     assert "\n" not in str(caught.value)
 
 
-def test_a_wrong_name_or_argument_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+def test_the_error_for_a_wrong_name_or_argument_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     refuse("minilmm", r"no model 'minilmm': give an asset \(minilm, smollm2\), a folder, or a hub id")
     refuse("movie-sentiment", "is of kind 'text-classification', not a text model: use minilm")
     refuse(tmp_path / "none" / "such", "There is no model '.*such'")
     refuse("minilm", "2 or more different labels, not .*: check the label column", labels=["all"])
     refuse("minilm", "2 or more different labels", labels=0)
     refuse("minilm", "2 or more different labels, not .'a', 'b', 'a'.", labels=["a", "b", "a"])
-    refuse("minilm", r"dropout of 1.5 is no probability .*try 0\.1", dropout=1.5)
+    refuse("minilm", r"dropout is 1\.5, not a probability .*try 0\.1", dropout=1.5)
 
 
-def test_a_folder_without_a_whole_model_is_refused(tmp_path: Path, save_tiny: Callable[..., Path]) -> None:
+def test_a_folder_without_a_complete_model_is_refused(tmp_path: Path, save_tiny: Callable[..., Path]) -> None:
     advice = "give a folder that save"
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty", advice)
@@ -308,7 +306,7 @@ def test_a_folder_without_a_whole_model_is_refused(tmp_path: Path, save_tiny: Ca
         load(tmp_path / "empty")
 
     folder = save_tiny(FAMILIES["bert"])
-    with pytest.raises(ModelError, match="no classification head: use load_classifier"):
+    with pytest.raises(ModelError, match="no classification head: add one with load_classifier"):
         load(folder)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -334,7 +332,7 @@ def test_a_model_without_a_tokenizer_or_padding_is_refused(tmp_path: Path, save_
 CODE = "from pathlib import Path\nPath(__file__).with_name('was-run').write_text('run')\n"
 
 
-def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(
+def test_code_that_comes_with_a_model_is_not_run_and_the_reader_is_not_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     auto = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.Own"}
@@ -387,7 +385,8 @@ server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ |= {{"HF_ENDPOINT": f"http://127.0.0.1:{{server.server_port}}", "HF_HUB_DISABLE_XET": "1"}}
 
-from ftkit.models import ModelError, load_classifier
+from ftkit.errors import ModelError
+from ftkit.models.loading import load_classifier
 
 def load(name):
     try:
@@ -410,7 +409,7 @@ load("acme/other")
 """
 
 
-def test_a_hub_id_is_downloaded_once_and_a_missing_network_is_said_at_once(
+def test_a_hub_id_is_downloaded_once_and_a_missing_network_is_reported_at_once(
     tmp_path: Path, save_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
@@ -442,7 +441,7 @@ def test_a_hub_id_is_downloaded_once_and_a_missing_network_is_said_at_once(
         (True, True, False, "0", "cuda", "bf16", "Test GPU"),
     ],
 )
-def test_the_device_is_the_best_there_is_and_says_why(
+def test_the_best_device_is_chosen_and_the_reason_given(
     monkeypatch: pytest.MonkeyPatch,
     cuda: bool,
     bf16: bool,
@@ -468,11 +467,11 @@ def test_the_device_is_the_best_there_is_and_says_why(
 # Language models ----------------------------------------------------------------------------------------------
 
 
-def test_smollm2_is_loaded_as_transformers_load_it_in_half_a_copy_of_its_weights() -> None:
+def test_smollm2_has_the_weights_that_transformers_loads_and_takes_half_of_their_memory() -> None:
     before = psutil.Process().memory_info().rss
     model, tokenizer = load_language_model("smollm2")
     grown = psutil.Process().memory_info().rss - before
-    assert grown < 0.5 * 4 * count_parameters(model)[1]  # mapped: what is not used yet is not in memory
+    assert grown < 0.5 * 4 * count_parameters(model)[1]  # memory-mapped: weights not used yet are not in memory
     expected = AutoModelForCausalLM.from_pretrained(fetch("smollm2"))
     for name, weight in model.state_dict().items():
         assert torch.equal(weight.cpu(), expected.state_dict()[name])
@@ -509,7 +508,7 @@ def test_a_model_in_half_precision_becomes_float32(save_tiny: Callable[..., Path
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_what_does_not_predict_the_next_token_is_refused(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_model_that_predicts_no_next_token_is_refused(save_tiny: Callable[..., Path], tmp_path: Path) -> None:
     def refuse(name: str | Path, message: str) -> None:
         with pytest.raises(ModelError, match=message):
             load_language_model(name)

@@ -1,4 +1,4 @@
-"""Label words as classes: held to the definition, word by word and row by row, in plain transformers."""
+"""The prompt classifier, compared with its definition: word by word and row by row, with plain transformers."""
 
 import copy
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 SINGLE = [[(5,)], [(6,)], [(7,)]]
 SEVERAL = [[(5,), (6,)], [(7,)], [(8,), (9,), (10,)]]
-LONG = [[(5, 6), (7,)], [(5, 8, 9), (5, 8)], [(10, 11, 12), (10, 13)]]  # runs: after 5 8, after 10 11
+LONG = [[(5, 6), (7,)], [(5, 8, 9), (5, 8)], [(10, 11, 12), (10, 13)]]  # two runs: with 5 8 and with 10 11 appended
 NAMES = ["bad", "so so", "good"]
 
 
@@ -40,11 +40,11 @@ def make_batch():
 
 
 def by_definition(lm, prompt: list[int], words, length_normalised: bool) -> torch.Tensor:
-    """The scores of the labels of one row: each word of each label in a pass of its own, without padding."""
+    """Compute the scores of the labels for one row, with a separate pass for each word and without padding."""
     scores = []
-    for of_label in words:
+    for label_words in words:
         log_probs = []
-        for word in of_label:
+        for word in label_words:
             logits = lm(torch.tensor([[*prompt, *word]])).logits[0].double().log_softmax(-1)
             steps = [logits[len(prompt) - 1 + i, token] for i, token in enumerate(word)]
             log_probs.append(sum(steps) / (len(word) if length_normalised else 1))
@@ -65,7 +65,7 @@ def test_scores_are_those_of_the_definition(family, words, length_normalised):
     torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-5)
 
 
-def test_over_all_tokens_as_words_the_scores_are_the_models_own_log_probabilities():
+def test_with_every_token_as_a_word_scores_are_the_log_probabilities_of_the_model():
     lm = make_lm()
     ids, mask = make_batch()
     every = PromptClassifier(
@@ -103,7 +103,7 @@ def test_the_gradient_is_that_of_the_definition():
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-6, msg=name)
 
 
-def test_fit_and_evaluate_take_lora_on_label_words(tmp_path):
+def test_fit_and_evaluate_work_with_lora(tmp_path):
     base = make_lm()
     frozen = {name: p.clone() for name, p in base.named_parameters()}
     adapted = add_lora(base, rank=4)
@@ -141,7 +141,7 @@ def test_the_best_weights_are_kept_without_copies_of_the_frozen_ones():
     assert spy.kept and all("lora_" in name for name in spy.kept)
 
 
-def test_labels_are_classes_with_names_and_rows_come_from_encode():
+def test_labels_become_named_classes_and_rows_of_encode_are_accepted():
     import datasets
 
     rows = {"text": ["w5 w9", "w7 w8 w30", "w11"], "label": [1, 0, 1]}
@@ -150,14 +150,14 @@ def test_labels_are_classes_with_names_and_rows_come_from_encode():
     lm = make_lm()
     model = PromptClassifier(lm, [[(5,)], [(6,)]], split.features["label"].names)
     assert class_names(model.config) == ["no", "yes"]
-    assert class_names(lm.config) != ["no", "yes"]  # the language model's own is left alone
+    assert class_names(lm.config) != ["no", "yes"]  # the language model's own config is unchanged
     evaluation = evaluate(model, encode({"test": split}, make_word_tokenizer(), max_length=8)["test"])
     scores = [by_definition(lm, ids, [[(5,)], [(6,)]], False) for ids in ([5, 9], [7, 8, 30], [11])]
     np.testing.assert_allclose(evaluation.probabilities, torch.stack(scores).softmax(-1).detach(), atol=1e-6)
     assert evaluation.labels.tolist() == [1, 0, 1]
 
 
-def test_class_weights_and_smoothing_hold_for_label_words():
+def test_class_weights_and_label_smoothing_apply():
     lm = disturb(make_lm())
     rows = make_rows(16)
     model = PromptClassifier(lm, [[(5,)], [(6,)]], ["low", "high"])
@@ -170,25 +170,25 @@ def test_class_weights_and_smoothing_hold_for_label_words():
 
 
 @pytest.mark.parametrize(
-    ("words", "names", "said"),
+    ("words", "names", "message"),
     [
-        ([[(5,)], [(6,)]], ["a"], r"words for 2 labels and the names \['a'\]"),
-        ([[(5,)]], ["a"], "give 2 or more different names"),
-        ([[(5,)], [(6,)]], ["a", "a"], "give 2 or more different names"),
+        ([[(5,)], [(6,)]], ["a"], r"words for 2 labels, and the names are \['a'\]: give two"),
+        ([[(5,)]], ["a"], "give two or more different names"),
+        ([[(5,)], [(6,)]], ["a", "a"], "give two or more different names"),
         ([[(5,)], []], ["a", "b"], "The label 'b' has no words"),
-        ([[(5,)], [()]], ["a", "b"], "The label 'b' has no words, or one without a token"),
+        ([[(5,)], [()]], ["a", "b"], "The label 'b' has no words, or a word without tokens"),
         ([[(5,), (6,)], [(6,)]], ["a", "b"], r"The tokens \[6\] are a word of 'a' and of 'b'"),
     ],
 )
-def test_words_that_can_not_tell_labels_apart_are_refused(words, names, said):
-    with pytest.raises(ValueError, match=said) as caught:
+def test_words_that_cannot_tell_labels_apart_are_refused(words, names, message):
+    with pytest.raises(ValueError, match=message) as caught:
         PromptClassifier(make_lm(), words, names)
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_language_model_is_refused():
+def test_a_model_that_is_no_language_model_is_refused():
     for name in ("bert", "llama", "bert mlm"):
-        with pytest.raises(ValueError, match="is no causal language model"):
+        with pytest.raises(ValueError, match="is not a causal language model"):
             PromptClassifier(make_tiny(name), SINGLE, NAMES)
 
 
@@ -207,5 +207,5 @@ def test_padding_in_front_and_empty_rows_are_refused():
 def test_a_prompt_longer_than_the_window_is_refused_with_the_count():
     ids = torch.full((1, 63), 3)
     PromptClassifier(make_lm(), SINGLE, NAMES)(ids, torch.ones_like(ids))
-    with pytest.raises(ValueError, match="has 65 tokens, and the model's window 64"):
-        PromptClassifier(make_lm(), LONG, NAMES)(ids, torch.ones_like(ids))  # with two tokens of a word
+    with pytest.raises(ValueError, match="has 65 tokens, but the model's window is 64"):
+        PromptClassifier(make_lm(), LONG, NAMES)(ids, torch.ones_like(ids))  # plus two tokens of a word

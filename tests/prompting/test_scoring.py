@@ -1,4 +1,4 @@
-"""Scores of tiny random language models held to each whole text run by itself, and once those of smollm2."""
+"""Scores of tiny random language models, and once of smollm2, compared with running each whole text alone."""
 
 import copy
 
@@ -31,7 +31,7 @@ def make_lm(family: str) -> t.PreTrainedModel:
     torch.manual_seed(0)
     if family == "mamba":
         config = t.MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4)
-    elif family == "bloom":  # it has no position ids, but a bias that grows with the distance
+    elif family == "bloom":  # it has no position ids, but an attention bias that grows with the distance
         config = t.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.3)
     elif family.startswith("mistral"):
         config = t.MistralConfig(**MISTRAL, sliding_window=int(family.split()[1]))
@@ -42,8 +42,8 @@ def make_lm(family: str) -> t.PreTrainedModel:
 
 def make_prompts(shared: int, num_rows: int = 5, seed: int = 0) -> list[dict[str, list[int]]]:
     rng = np.random.default_rng(seed)
-    prefix = rng.integers(3, VOCABULARY, shared).tolist()
-    rows = [prefix + rng.integers(3, VOCABULARY, rng.integers(1, 12)).tolist() for _ in range(num_rows)]
+    start = rng.integers(3, VOCABULARY, shared).tolist()
+    rows = [start + rng.integers(3, VOCABULARY, rng.integers(1, 12)).tolist() for _ in range(num_rows)]
     return [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
 
 
@@ -51,14 +51,14 @@ def make_prompts(shared: int, num_rows: int = 5, seed: int = 0) -> list[dict[str
 def naive_scores(
     model: torch.nn.Module, rows: list[dict], words: list[list[tuple[int, ...]]]
 ) -> dict[bool, np.ndarray]:
-    """Each prompt and word by itself through plain transformers, with the sum (False) and the mean (True) of tokens."""
+    """Score each prompt and word alone with plain transformers, by the sum (False) and the mean (True) over tokens."""
 
-    def of_word(ids: list[int], word: tuple[int, ...]) -> tuple[float, float]:
+    def word_score(ids: list[int], word: tuple[int, ...]) -> tuple[float, float]:
         logits = model(input_ids=torch.tensor([[*ids, *word]]), use_cache=False).logits[0].double()
-        of_tokens = logits.log_softmax(-1)[torch.arange(len(ids) - 1, len(ids) + len(word) - 1), torch.tensor(word)]
-        return float(of_tokens.sum()), float(of_tokens.mean())
+        log_probs = logits.log_softmax(-1)[torch.arange(len(ids) - 1, len(ids) + len(word) - 1), torch.tensor(word)]
+        return float(log_probs.sum()), float(log_probs.mean())
 
-    scores = [[logsumexp([of_word(r["input_ids"], w) for w in label], axis=0) for label in words] for r in rows]
+    scores = [[logsumexp([word_score(r["input_ids"], w) for w in label], axis=0) for label in words] for r in rows]
     return {False: np.array(scores)[..., 0], True: np.array(scores)[..., 1]}
 
 
@@ -67,7 +67,7 @@ def naive_scores(
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "mistral 64", "mistral 8", "bloom", "mamba"])
 @pytest.mark.parametrize("words", WORDS)
-def test_scores_are_those_of_each_whole_text_by_itself(family: str, words: str) -> None:
+def test_scores_are_those_of_each_whole_text_alone(family: str, words: str) -> None:
     model = make_lm(family)
     for shared in (0, 10):
         rows = make_prompts(shared)
@@ -75,20 +75,20 @@ def test_scores_are_those_of_each_whole_text_by_itself(family: str, words: str) 
         for length_normalised, expected in naive.items():
             scores = score(model, rows, WORDS[words], length_normalised=length_normalised, batch_size=3)
             assert scores.shape == expected.shape
-            assert np.ptp(expected, axis=0).min() > 0.1  # another row's scores would not do
+            assert np.ptp(expected, axis=0).min() > 0.1  # so the scores of another row would fail
             np.testing.assert_allclose(scores, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("family", "is_said"), [("llama", False), ("mistral 64", False), ("mistral 8", True)])
-def test_a_cache_that_does_not_hold_the_whole_text_is_not_used(
-    family: str, is_said: bool, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("family", "prints"), [("llama", False), ("mistral 64", False), ("mistral 8", True)])
+def test_a_cache_that_does_not_keep_the_whole_text_is_not_used(
+    family: str, prints: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     score(make_lm(family), make_prompts(10), WORDS["one token"])
-    expected = "MistralForCausalLM: rows can't share a cache, each prompt is run whole for each word\n"
-    assert capsys.readouterr().out == (expected if is_said else "")
+    expected = "MistralForCausalLM cannot share a cache between rows: each prompt runs in full for each word.\n"
+    assert capsys.readouterr().out == (expected if prints else "")
 
 
-def test_the_shared_beginning_is_run_once_and_only_needed_logits_are_made() -> None:
+def test_the_shared_start_runs_once_and_only_needed_logits_are_computed() -> None:
     model = make_lm("llama")
     tokens, logits = [], []
     model.model.register_forward_pre_hook(lambda m, args, kw: tokens.append(kw["input_ids"].numel()), with_kwargs=True)
@@ -99,7 +99,7 @@ def test_the_shared_beginning_is_run_once_and_only_needed_logits_are_made() -> N
     assert logits == [1, 4, 4, 4, 4]
 
 
-def test_lora_counts_and_the_model_stays_in_its_mode() -> None:
+def test_a_lora_adapter_is_used_and_the_model_stays_in_its_mode() -> None:
     model = disturb(add_lora(make_lm("llama"), dropout=0.5)).train()
     rows = make_prompts(10)
     scores = score(model, rows, WORDS["many tokens"])
@@ -143,16 +143,16 @@ def test_at_least_one_token_of_each_prompt_is_not_shared(prompts: list[list[int]
     assert shared_tokens(prompts) == shared
 
 
-def test_what_can_not_be_scored_is_refused() -> None:
+def test_rows_and_models_that_cannot_be_scored_are_refused() -> None:
     rows = [{"input_ids": [4] * 5}, {"input_ids": [4] * 63}]
     assert score(make_lm("llama"), rows, [[(7,)], [(8,)]]).shape == (2, 2)
     with pytest.raises(
-        ValueError, match="Row 1 has 65 tokens with its longest word, more than the model's window of 64"
+        ValueError, match="Row 1 has 65 tokens with the longest word, more than the model's window of 64"
     ):
         score(make_lm("llama"), rows, [[(7,)], [(8, 9)]])
     with pytest.raises(ValueError, match="The prompt of row 1 is empty"):
         score(make_lm("llama"), [{"input_ids": [3]}, {"input_ids": []}], WORDS["one token"])
-    with pytest.raises(ValueError, match="LlamaForSequenceClassification is no causal language model"):
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification is not a causal language model"):
         score(make_tiny("llama"), rows, WORDS["one token"])
 
 
@@ -166,10 +166,10 @@ def test_smollm2_scores_a_review_as_plain_transformers_do() -> None:
     np.testing.assert_allclose(score(model, rows, words), naive_scores(model, list(rows), words)[False], atol=1e-4)
 
 
-# Judging and calibration --------------------------------------------------------------------------------------
+# Evaluation and calibration -----------------------------------------------------------------------------------
 
 
-def test_scores_are_judged_as_those_of_a_classifier() -> None:
+def test_an_evaluation_is_that_of_a_classifier_with_these_scores() -> None:
     rng = np.random.default_rng(0)
     scores, labels = rng.normal(size=(50, 3)) * 3 - 40, rng.integers(3, size=50)
     evaluation = to_evaluation(scores, labels)
@@ -178,13 +178,13 @@ def test_scores_are_judged_as_those_of_a_classifier() -> None:
     assert evaluation.accuracy == np.mean(scores.argmax(1) == labels)
 
 
-def test_calibration_divides_by_the_mean_of_inputs_that_say_nothing() -> None:
+def test_calibration_divides_by_the_mean_over_content_free_inputs() -> None:
     # 0.9 / 0.8 against 0.1 / 0.2 is 9 to 4; 0.6 / 0.8 against 0.4 / 0.2 is 3 to 8
-    content_free = np.log([[0.9, 0.1], [0.7, 0.3]]) - [[5], [70]]  # log-scores need not be normalised
+    content_free = np.log([[0.9, 0.1], [0.7, 0.3]]) - [[5], [70]]  # log-scores may be unnormalised
     rows = np.log([[0.9, 0.1], [0.6, 0.4]]) - [[2], [300]]
     np.testing.assert_allclose(np.exp(calibrate(rows, content_free)), [[9 / 13, 4 / 13], [3 / 11, 8 / 11]])
 
 
-def test_a_content_free_input_itself_becomes_undecided() -> None:
+def test_calibration_gives_a_content_free_input_equal_probabilities() -> None:
     content_free = np.random.default_rng(0).normal(size=(1, 4))
     np.testing.assert_allclose(np.exp(calibrate(content_free, content_free)), np.full((1, 4), 0.25))

@@ -1,4 +1,4 @@
-"""Fine-tuning on answers only: held to transformers' own loss of a language model, and to its Trainer."""
+"""Supervised fine-tuning, compared with the loss and the Trainer of transformers."""
 
 import copy
 import math
@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from tiny_models import CONFIGS, VOCABULARY, disturb, make_tiny, make_word_tokenizer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -18,8 +17,8 @@ from ftkit.prompting.sft import CompletionModel, encode_completions
 from ftkit.prompting.soft_prompts import add_p_tuning, add_prefix_tuning, add_prompt_tuning
 from ftkit.training.batching import row_lengths, training_batches
 from ftkit.training.callbacks import Checkpoint, EarlyStopping
-from ftkit.training.loop import accumulate_gradients, evaluate, fit, token_loss
-from ftkit.training.state import TrainingRun, TrainSettings
+from ftkit.training.loop import backward, evaluate, fit, prepare, token_loss
+from ftkit.training.state import TrainSettings
 
 # peft reads a property that transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -34,7 +33,7 @@ def make_lm(family: str = "llama"):
 
 
 def make_pairs(num_pairs: int, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Prompts of 1 to 12 words; answers of 0 to 6, the first of them the prompt's last."""
+    """Make prompts of 1 to 12 words and answers of 0 to 6 words; an answer begins with the last word of its prompt."""
     rng = np.random.default_rng(seed)
     prompts, answers = [], []
     for _ in range(num_pairs):
@@ -45,8 +44,8 @@ def make_pairs(num_pairs: int, seed: int = 0) -> tuple[list[str], list[str]]:
     return prompts, answers
 
 
-def as_transformers_has_it(prompts: list[str], answers: list[str]) -> dict[str, torch.Tensor]:
-    """The usual batch: the end token among the inputs, labels that repeat the inputs, -100 on prompt and padding."""
+def transformers_batch(prompts: list[str], answers: list[str]) -> dict[str, torch.Tensor]:
+    """Make the usual batch: the end token is an input, labels repeat the inputs, with -100 on prompt and padding."""
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):
         start = TOKENIZER(prompt)["input_ids"]
@@ -63,7 +62,7 @@ def as_transformers_has_it(prompts: list[str], answers: list[str]) -> dict[str, 
     return batch
 
 
-def test_rows_are_labelled_where_an_answers_token_is_next():
+def test_labels_stand_where_a_token_of_the_answer_is_next():
     rows = encode_completions(["w3 w4 w5", "w6"], [" w7 w8", ""], TOKENIZER)
     assert rows[0] == {
         "input_ids": [3, 4, 5, 7, 8],
@@ -79,7 +78,7 @@ def test_the_loss_is_that_of_transformers(family):
     lm = disturb(make_lm(family))
     prompts, answers = make_pairs(20)
     with torch.no_grad():
-        expected = lm(**as_transformers_has_it(prompts, answers)).loss.item()
+        expected = lm(**transformers_batch(prompts, answers)).loss.item()
     rows = encode_completions(prompts, answers, TOKENIZER)
     for batch_size in (3, 64):
         assert token_loss(CompletionModel(lm), rows, batch_size=batch_size) == pytest.approx(expected, abs=1e-5)
@@ -91,18 +90,18 @@ def test_a_soft_prompts_loss_is_that_of_peft(add):
     tuned = disturb(add(make_lm(), **words)).eval()
     prompts, answers = make_pairs(8)
     with torch.no_grad():
-        expected = tuned(**as_transformers_has_it(prompts, answers)).loss.item()
+        expected = tuned(**transformers_batch(prompts, answers)).loss.item()
     assert token_loss(CompletionModel(tuned), encode_completions(prompts, answers, TOKENIZER)) == pytest.approx(
         expected, abs=1e-5
     )
 
 
 def test_steps_equal_those_of_transformers_trainer(tmp_path: Path):
-    """The same 12 steps, accumulated over batches that hold different numbers of answer tokens, with clipping.
+    """Take the same 12 steps, with clipping, accumulated over batches with different numbers of answer tokens.
 
-    Without dropout: the Trainer's batches have one more column, the end token, and would drop other units.
+    There is no dropout: the Trainer's batches have one more column, the end token, so other units would be dropped.
     """
-    prompts, answers = make_pairs(35)  # 9 batches, the last of them small; 3 steps an epoch
+    prompts, answers = make_pairs(35)  # 9 batches, the last one smaller; 3 steps per epoch
     rows = encode_completions(prompts, answers, TOKENIZER)
     settings = TrainSettings(
         lr=5e-3, num_epochs=4, batch_size=4, accumulation=3, warmup=0.2, max_grad_norm=0.5, weight_decay=0.1, seed=3
@@ -110,7 +109,7 @@ def test_steps_equal_those_of_transformers_trainer(tmp_path: Path):
     ours, theirs = make_lm(), make_lm()
     history = fit(CompletionModel(ours), {"train": rows}, settings)
     batches = [
-        as_transformers_has_it([prompts[i] for i in indices], [answers[i] for i in indices])
+        transformers_batch([prompts[i] for i in indices], [answers[i] for i in indices])
         for epoch in range(4)
         for indices in training_batches(row_lengths(rows), 4, settings.seed, epoch)
     ]
@@ -140,15 +139,14 @@ def test_accumulated_batches_give_the_gradient_of_the_large_one(smoothing):
     prompts, answers = make_pairs(19)
     rows = encode_completions(prompts, answers, TOKENIZER)
 
-    def gradient(group):
+    def gradient(batches):
         lm = make_lm().double()
         model = CompletionModel(lm)
-        settings = TrainSettings(label_smoothing=smoothing)
-        run = TrainingRun(model, {"train": rows}, settings, torch.optim.SGD(model.parameters()), total_steps=1)
+        run = prepare(model, {"train": rows}, TrainSettings(label_smoothing=smoothing))
         penalty = [
             lambda model, batch, outputs: batch["input_ids"][:, 0].double().mean() * lm.lm_head.weight.square().sum()
         ]
-        loss = accumulate_gradients(Accelerator(cpu=True), model, run, group, None, penalty)
+        loss = backward(run, batches, penalty)
         return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
 
     large_loss, large = gradient([np.arange(19)])
@@ -156,7 +154,7 @@ def test_accumulated_batches_give_the_gradient_of_the_large_one(smoothing):
     assert small_loss == pytest.approx(large_loss, abs=1e-5)
     assert (small - large).abs().max() < 1e-5
 
-    lm, batch = make_lm(), as_transformers_has_it(prompts, answers)
+    lm, batch = make_lm(), transformers_batch(prompts, answers)
     labels = F.pad(batch.pop("labels"), (0, 1), value=-100)[:, 1:]
     with torch.no_grad():
         expected = F.cross_entropy(lm(**batch).logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing)
@@ -164,7 +162,7 @@ def test_accumulated_batches_give_the_gradient_of_the_large_one(smoothing):
     assert large_loss == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_only_the_places_of_answers_go_through_the_output_layer():
+def test_only_answer_positions_go_through_the_output_layer():
     lm = make_lm()
     shapes = []
     lm.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
@@ -173,7 +171,7 @@ def test_only_the_places_of_answers_go_through_the_output_layer():
     assert shapes == [(2 + 4, VOCABULARY)]
 
 
-def test_it_learns_to_answer_and_ends_with_the_epoch_of_the_lowest_loss():
+def test_it_learns_to_answer_and_keeps_the_epoch_with_the_lowest_loss():
     data = {
         name: encode_completions(*make_pairs(n, seed), TOKENIZER)
         for name, n, seed in (("train", 48, 0), ("validation", 24, 1))
@@ -189,7 +187,7 @@ def test_it_learns_to_answer_and_ends_with_the_epoch_of_the_lowest_loss():
     assert token_loss(model, data["validation"]) == pytest.approx(min(losses), abs=1e-6)
     assert "validation loss" in repr(history)
     with torch.no_grad():
-        expected = lm(**as_transformers_has_it(*make_pairs(24, 1))).loss.item()
+        expected = lm(**transformers_batch(*make_pairs(24, 1))).loss.item()
     assert min(losses) == pytest.approx(expected, abs=1e-5)
 
 
@@ -198,13 +196,13 @@ def test_early_stopping_watches_the_loss():
         "train": encode_completions(*make_pairs(8), TOKENIZER),
         "validation": encode_completions(*make_pairs(8, 1), TOKENIZER),
     }
-    settings = TrainSettings(lr=0.05, num_epochs=30, batch_size=8, schedule="constant")  # learns its 8 rows by heart
+    settings = TrainSettings(lr=0.05, num_epochs=30, batch_size=8, schedule="constant")  # memorises the 8 rows
     history = fit(CompletionModel(make_lm()), data, settings, callbacks=[EarlyStopping(patience=2)])
     assert history.ended == "stopped"
     assert len(history.epochs) == history.best_epoch + 2
 
 
-def test_a_run_resumes_from_its_checkpoint_to_the_bit(tmp_path: Path):
+def test_a_run_resumed_from_its_checkpoint_is_bitwise_the_same(tmp_path: Path):
     data = {"train": encode_completions(*make_pairs(16), TOKENIZER)}
     settings = TrainSettings(lr=0.01, num_epochs=2, batch_size=4)
 
@@ -232,37 +230,37 @@ def test_a_run_resumes_from_its_checkpoint_to_the_bit(tmp_path: Path):
         fit(CompletionModel(add_lora(make_lm(), rank=2)), other, settings, callbacks=[Checkpoint(tmp_path / "run")])
 
 
-def test_perplexity_of_a_model_that_knows_nothing_is_the_size_of_its_vocabulary():
+def test_the_perplexity_of_uniform_predictions_is_the_vocabulary_size():
     lm = make_lm()
     lm.lm_head.weight.data.zero_()
     loss = token_loss(CompletionModel(lm), encode_completions(*make_pairs(5), TOKENIZER))
     assert math.exp(loss) == pytest.approx(VOCABULARY, rel=1e-5)
 
 
-# What can't be ----------------------------------------------------------------------------------------------------
+# Errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_pairs_that_can_not_be_learned_are_refused():
+def test_pairs_that_cannot_be_encoded_are_refused():
     with pytest.raises(DataError, match="2 prompts and 1 answers"):
         encode_completions(["w3", "w4"], [" w5"], TOKENIZER)
-    with pytest.raises(DataError, match="Pair 1 has no border between tokens where its answer '5'"):
+    with pytest.raises(DataError, match="In pair 1, no token begins where the answer '5' begins"):
         encode_completions(["w3", "w4"], [" w5", "5"], TOKENIZER)
-    with pytest.raises(DataError, match="Pair 0 has no border"):
+    with pytest.raises(DataError, match="In pair 0, no token begins"):
         encode_completions([""], ["w5"], TOKENIZER)
     short = make_word_tokenizer()
     short.model_max_length = 3
-    with pytest.raises(DataError, match="Pair 0 has 4 tokens, and the model reads 3"):
+    with pytest.raises(DataError, match="Pair 0 has 4 tokens, more than the model's limit of 3"):
         encode_completions(["w3 w4"], [" w5 w6"], short)
     short.eos_token = None
-    with pytest.raises(DataError, match="no token that ends a text"):
+    with pytest.raises(DataError, match="The tokenizer has no end token"):
         encode_completions(["w3"], [" w5"], short)
-    with pytest.raises(ValueError, match="is no causal language model"):
+    with pytest.raises(ValueError, match="is not a causal language model"):
         CompletionModel(make_tiny("llama"))
 
 
-def test_rows_of_tokens_and_of_classes_are_not_mixed_up():
+def test_rows_with_token_labels_and_with_classes_are_not_mixed_up():
     rows = encode_completions(*make_pairs(4), TOKENIZER)
-    with pytest.raises(ValueError, match="measure them with token_loss"):
+    with pytest.raises(ValueError, match="use token_loss for them"):
         evaluate(CompletionModel(make_lm()), rows)
-    with pytest.raises(TrainingError, match="class_weights are for rows with a class"):
+    with pytest.raises(TrainingError, match="class_weights need one class per row"):
         fit(CompletionModel(make_lm()), {"train": rows}, TrainSettings(class_weights="balanced"))

@@ -1,4 +1,4 @@
-"""Soft prompts: held to plain transformers with the words, or the vectors, in front by hand, and to plain peft."""
+"""Soft prompts, compared with plain transformers with words or vectors put in front by hand, and with plain peft."""
 
 import copy
 
@@ -92,14 +92,14 @@ def test_a_row_scores_alone_as_it_does_beside_longer_ones(family, method):
         for row, n in zip(ids, mask.sum(1).tolist(), strict=True)
     ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
-    ids[1, 4:] = 17  # what pads does not matter
+    ids[1, 4:] = 17  # the ids under padding do not matter
     assert torch.equal(scores(tuned, ids, mask), together)
 
 
 SIZES = {
     ("prompt tuning", "llama"): 4 * WIDTH,
     ("P-tuning", "llama"): 4 * WIDTH + 3 * (WIDTH * WIDTH + WIDTH),
-    ("prefix tuning", "llama"): 4 * 2 * LAYERS * WIDTH // 2,  # its two heads share keys and values
+    ("prefix tuning", "llama"): 4 * 2 * LAYERS * WIDTH // 2,  # its two attention heads share keys and values
     ("prefix tuning", "gpt2"): 4 * 2 * LAYERS * WIDTH,
 }
 
@@ -121,7 +121,7 @@ def test_fit_trains_the_prompt_and_nothing_else(method, family):
 
 
 class Modes:
-    """A callback that looks at a step in the middle of a run."""
+    """A callback that records which modules are in train mode during a step."""
 
     def __init__(self):
         self.training = {}
@@ -135,7 +135,7 @@ class Modes:
 
 
 def test_while_fit_runs_the_frozen_model_has_no_dropout():
-    base = make_lm("gpt2")  # it has dropout of 0.1
+    base = make_lm("gpt2")  # its dropout is 0.1
     model = PromptClassifier(METHODS["P-tuning"](base), WORDS, ["no", "yes"])
     seen = Modes()
     fit(model, {"train": make_rows(8)}, TrainSettings(num_epochs=1), callbacks=[seen])
@@ -169,7 +169,7 @@ def test_saved_prompts_score_the_same_in_plain_peft_and_train_on(family, method,
     assert torch.equal(scores(again, ids, mask), after)
 
 
-def test_the_seed_gives_the_start_of_p_tuning_and_leaves_the_global_chance():
+def test_the_seed_decides_the_start_of_p_tuning_and_the_global_random_state_is_unchanged():
     one, same, other = (add_p_tuning(make_lm(), seed=seed).get_prompt(1) for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -182,7 +182,7 @@ def test_the_seed_gives_the_start_of_p_tuning_and_leaves_the_global_chance():
         assert torch.equal(torch.rand(1), expected)
 
 
-def test_without_its_prompt_the_model_is_the_plain_one():
+def test_with_the_prompt_disabled_the_model_is_the_plain_one():
     ids, mask = make_batch()
     tuned = disturb(METHODS["prompt tuning"](make_lm()))
     with tuned.disable_adapter():
@@ -190,10 +190,10 @@ def test_without_its_prompt_the_model_is_the_plain_one():
     assert (scores(tuned, ids, mask) - scores(make_lm(), ids, mask)).abs().max() > 1e-3
 
 
-# Where a prompt lands -------------------------------------------------------------------------------------------
+# Nearest words --------------------------------------------------------------------------------------------------
 
 
-def test_at_its_start_a_prompt_is_nearest_to_the_words_it_came_from():
+def test_an_untrained_prompt_is_nearest_to_the_words_it_starts_from():
     tuned = METHODS["prompt tuning"](make_lm())
     table = nearest_words(tuned, TOKENIZER, k=2)
     assert list(table["token 1"]) == ["'w5'", "'w6'", "'w7'", "'w5'"]
@@ -202,12 +202,14 @@ def test_at_its_start_a_prompt_is_nearest_to_the_words_it_came_from():
     assert list(table.index) == [1, 2, 3, 4]
 
 
-def test_the_nearest_words_are_those_of_the_largest_cosines():
+def test_nearest_words_have_the_largest_cosines():
     tuned = disturb(METHODS["prompt tuning"](make_lm()))
     table = nearest_words(tuned, TOKENIZER, k=VOCABULARY)
     prompt = tuned.get_prompt(1)[0, 2].detach().double()
     vocabulary = make_lm().get_input_embeddings().weight.detach().double()
-    cosines = torch.nan_to_num(vocabulary @ prompt / vocabulary.norm(dim=1) / prompt.norm())  # that of w0 is all zeros
+    cosines = torch.nan_to_num(
+        vocabulary @ prompt / vocabulary.norm(dim=1) / prompt.norm()
+    )  # the embedding of w0 is all zeros
     order = cosines.argsort(descending=True).tolist()
     assert [table.loc[3, f"token {place + 1}"] for place in range(5)] == [
         repr(TOKENIZER.decode([i])) for i in order[:5]
@@ -218,25 +220,25 @@ def test_the_nearest_words_are_those_of_the_largest_cosines():
     assert table.loc[3, "norm"] == pytest.approx(prompt.norm().item(), abs=1e-6)
 
 
-def test_keys_and_values_land_on_no_words():
+def test_a_model_without_embeddings_of_virtual_tokens_has_no_nearest_words():
     for model in (METHODS["prefix tuning"](make_lm()), add_lora(make_lm()), make_lm()):
-        with pytest.raises(ValueError, match="no virtual tokens with embeddings of words"):
+        with pytest.raises(ValueError, match="has no virtual tokens with embeddings: give"):
             nearest_words(model, TOKENIZER)
-    with pytest.raises(ValueError, match="k=0 nearest tokens of 60"):
+    with pytest.raises(ValueError, match="k is 0, and the vocabulary has 60 tokens"):
         nearest_words(METHODS["prompt tuning"](make_lm()), TOKENIZER, k=0)
 
 
-# What can't be ----------------------------------------------------------------------------------------------------
+# Errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_classifiers_and_encoders_are_refused(method):
     for name in ("bert", "llama", "t5 seq2seq", "bert mlm"):
         model = make_tiny(name)
-        with pytest.raises(ValueError, match="is no causal language model"):
+        with pytest.raises(ValueError, match="is not a causal language model"):
             METHODS[method](model)
         assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(ValueError, match="has adapters: load it anew"):
+    with pytest.raises(ValueError, match="needs a model without adapters, and this one has some: load"):
         METHODS[method](add_lora(make_lm()))
 
 
@@ -270,21 +272,21 @@ def test_virtual_tokens_count_for_the_window():
     ids = torch.full((1, 61), 3)  # of 64
     scores(make_lm(), ids, torch.ones_like(ids))
     for method in METHODS.values():
-        with pytest.raises(ValueError, match="61 tokens and 4 virtual ones, and the model's window 64"):
+        with pytest.raises(ValueError, match="61 tokens and 4 virtual ones, but the model's window is 64"):
             next_token_logits(method(make_lm()), ids, torch.ones_like(ids), torch.tensor([[60]]))
 
 
-def test_an_architecture_that_does_not_bear_a_prefix_is_refused_and_left_as_it_was():
+def test_an_architecture_that_does_not_support_a_prefix_is_refused_and_left_unchanged():
     from transformers import MambaConfig, MambaForCausalLM
 
     model = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4))
-    with pytest.raises(ValueError, match=r"MambaForCausalLM does not bear prefix tuning \(.*use add_lora") as caught:
+    with pytest.raises(ValueError, match=r"MambaForCausalLM does not support prefix tuning \(.*use add_lora") as caught:
         METHODS["prefix tuning"](model)
     assert "\n" not in str(caught.value)
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_model_that_takes_no_notice_of_a_prefix_is_refused():
+def test_a_model_that_ignores_a_prefix_is_refused():
     def drop(module, args, kwargs):
         return args, {
             name: value for name, value in kwargs.items() if name not in ("past_key_values", "attention_mask")
@@ -292,15 +294,15 @@ def test_a_model_that_takes_no_notice_of_a_prefix_is_refused():
 
     model = make_lm()
     model.register_forward_pre_hook(drop, with_kwargs=True)
-    with pytest.raises(ValueError, match=r"the logits differ by .* from those with the words themselves"):
+    with pytest.raises(ValueError, match=r"the logits differ by .* from those with the words in front"):
         METHODS["prefix tuning"](model)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 2.0, True])
-def test_a_number_of_tokens_that_is_none_is_refused(num_tokens):
-    with pytest.raises(ValueError, match="num_tokens is"):
+def test_an_invalid_number_of_tokens_and_an_empty_text_are_refused(num_tokens):
+    with pytest.raises(ValueError, match=f"num_tokens is {num_tokens}: give an integer"):
         add_p_tuning(make_lm(), num_tokens=num_tokens)
-    with pytest.raises(ValueError, match="init_text is ''"):
+    with pytest.raises(ValueError, match="init_text is '' and has no tokens"):
         add_prompt_tuning(make_lm(), TOKENIZER, init_text="")
 
 

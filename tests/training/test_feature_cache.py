@@ -80,14 +80,14 @@ def test_training_the_rest_trains_the_whole_model_as_without_a_cache(name: str, 
 @pytest.mark.parametrize("name", ["bert", "roberta", "electra", "distilbert", "deberta-v2", "gpt2", "llama", "qwen2"])
 def test_of_a_linear_probe_one_token_a_row_is_kept(name: str) -> None:
     _, cached = cache_frozen_layers(freeze(make_tiny(name), 1), make_data())
-    assert {row["prefix_states"].shape for row in cached["train"]} == {(1, WIDTH)}
+    assert {row["frozen_states"].shape for row in cached["train"]} == {(1, WIDTH)}
     assert {len(row["attention_mask"]) for row in cached["train"]} == {1}
 
 
 def test_a_head_that_reads_all_tokens_gets_them() -> None:
     data = make_data()
     _, cached = cache_frozen_layers(freeze(make_tiny("modernbert"), 1), data)
-    assert [len(row["prefix_states"]) for row in cached["train"]] == cached["train"].lengths.tolist()
+    assert [len(row["frozen_states"]) for row in cached["train"]] == cached["train"].lengths.tolist()
 
     for row in data["train"][:5]:  # a decoder then classifies from a token before the last
         row["input_ids"][-1] = 0
@@ -123,7 +123,7 @@ def test_beyond_the_bound_activations_are_mapped_from_disk_and_the_files_go_with
     assert sum(path.stat().st_size for path in files) == tokens * WIDTH * 4
     for split in data:
         for ours, theirs in zip(in_memory[split], on_disk[split], strict=True):
-            np.testing.assert_array_equal(ours["prefix_states"], theirs["prefix_states"])
+            np.testing.assert_array_equal(ours["frozen_states"], theirs["frozen_states"])
     fit(rest, on_disk, TrainSettings(num_epochs=1))
     del on_disk, ours, theirs
     assert not list(tmp_path.iterdir())
@@ -170,7 +170,7 @@ def test_what_cannot_be_cached_is_refused() -> None:
         cache_frozen_layers(make_tiny("bert"), data)
     with pytest.raises(FeatureCacheError, match=r"The embeddings train \(bert\.embeddings\.LayerNorm\.bias\)"):
         cache_frozen_layers(freeze(make_tiny("bert"), ["*.bias", "head"]), data)
-    with pytest.raises(FeatureCacheError, match="no rest to train"):
+    with pytest.raises(FeatureCacheError, match="There is nothing to train"):
         cache_frozen_layers(make_tiny("bert").requires_grad_(False), data)
     with pytest.raises(FeatureCacheError, match="encoder-decoder"):
         cache_frozen_layers(freeze(make_tiny("t5"), 1), data)
@@ -187,7 +187,7 @@ def test_augmented_rows_are_refused() -> None:
             return {**row, "input_ids": [int.from_bytes(os.urandom(4)) % 60 for _ in row["input_ids"]]}
 
     model = freeze(make_tiny("bert"), 1)
-    with pytest.raises(FeatureCacheError, match=r"'train' are made anew at each reading \(augmentation\)"):
+    with pytest.raises(FeatureCacheError, match=r"'train' change at each reading \(augmentation\)"):
         cache_frozen_layers(model, {"train": Augmented(make_rows(9))})
     lazy = datasets.Dataset.from_list(make_rows(9)).with_transform(lambda rows: rows)
     with pytest.raises(FeatureCacheError, match=r"\(augmentation\)"):
@@ -197,8 +197,8 @@ def test_augmented_rows_are_refused() -> None:
 def test_unfreezing_past_the_prefix_is_refused() -> None:
     model = freeze(make_tiny("bert"), 1)
     rest, cached = cache_frozen_layers(model, make_data())
-    with pytest.raises(FreezingError, match="only one group trains"):
+    with pytest.raises(FreezingError, match="only one group is trainable"):
         fit(rest, cached, TrainSettings(num_epochs=2), callbacks=[GradualUnfreezing()])
     freeze(model, 2)
-    with pytest.raises(FeatureCacheError, match="Layers of the cached prefix train now"):
+    with pytest.raises(FeatureCacheError, match="Some cached layers are trainable now"):
         fit(rest, cached, TrainSettings(num_epochs=1))

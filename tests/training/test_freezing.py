@@ -80,7 +80,9 @@ def test_tied_parameters_are_said_to_be() -> None:
 
 def test_an_architecture_that_cannot_be_read_says_what_to_pass() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    with pytest.raises(FreezingError, match=r"Sequential can't be read layer by layer, it has no ModuleList.*train=\["):
+    with pytest.raises(
+        FreezingError, match=r"Sequential can't be read layer by layer, because it has no ModuleList.*train=\["
+    ):
         layer_groups(model)
     assert trained_names(freeze(model, ["1.*"])) == {"1.weight", "1.bias"}
     two = nn.ModuleDict({name: nn.ModuleList([nn.Linear(2, 2)]) for name in ("left", "right")})
@@ -108,9 +110,9 @@ def test_freeze_sets_every_parameter() -> None:
 def test_names_that_are_not_there_are_refused_with_the_nearest() -> None:
     model = make_tiny_bert()
     before = trained_names(model)
-    with pytest.raises(FreezingError, match="no group or parameter 'layer 11'; the nearest is 'layer 1'"):
+    with pytest.raises(FreezingError, match="no group or parameter 'layer 11': did you mean 'layer 1'"):
         freeze(model, ["head", "layer 11"])
-    with pytest.raises(FreezingError, match=r"'clasifier\.weight'; the nearest is 'classifier\.weight'"):
+    with pytest.raises(FreezingError, match=r"'clasifier\.weight': did you mean 'classifier\.weight'"):
         freeze(model, "clasifier.weight")
     for number in (0, 5):
         with pytest.raises(FreezingError, match=f"train={number}, but the model has 4 groups"):
@@ -252,7 +254,7 @@ def test_gradual_unfreezing_keeps_to_what_trains_and_needs_two_groups() -> None:
     assert moved == {"layer 1", "head"}
     with pytest.raises(FreezingError, match="groups=0"):
         GradualUnfreezing(0)
-    with pytest.raises(FreezingError, match="only one group trains"):
+    with pytest.raises(FreezingError, match="only one group is trainable"):
         fit(freeze(model, 1), rows, TrainSettings(num_epochs=2), callbacks=[GradualUnfreezing()])
 
 

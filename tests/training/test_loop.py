@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from tiny_bert import make_rows, make_tiny_bert
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
@@ -18,7 +17,7 @@ from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from ftkit.errors import TrainingError
 from ftkit.training.batching import make_batch, row_lengths, training_batches
 from ftkit.training.callbacks import Callback, Checkpoint, EarlyStopping
-from ftkit.training.loop import accumulate_gradients, evaluate, fit, lr_factor
+from ftkit.training.loop import backward, evaluate, fit, lr_factor, prepare
 from ftkit.training.losses import make_class_weights
 from ftkit.training.state import TrainingRun, TrainSettings
 
@@ -92,14 +91,13 @@ def test_schedule_equals_that_of_transformers(schedule: str) -> None:
 
 @pytest.mark.parametrize("class_weights", [None, (0.3, 1.7)])
 def test_accumulated_batches_give_the_gradient_of_the_large_one(class_weights: tuple[float, float] | None) -> None:
-    rows, settings = make_rows(19), TrainSettings(label_smoothing=0.1)
-    weights = make_class_weights(class_weights, [0, 1], 2)
+    rows, settings = make_rows(19), TrainSettings(label_smoothing=0.1, class_weights=class_weights)
 
     def gradient(group: list[np.ndarray]) -> tuple[float, torch.Tensor]:
         model = make_tiny_bert(dropout=0).double()
-        run = TrainingRun(model, {"train": rows}, settings, torch.optim.SGD(model.parameters()), total_steps=1)
+        run = prepare(model, {"train": rows}, settings)
         penalty = [lambda model, batch, outputs: outputs.logits.square().mean()]
-        loss = accumulate_gradients(Accelerator(cpu=True), model, run, group, weights, penalty)
+        loss = backward(run, group, penalty)
         return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     large_loss, large = gradient([np.arange(19)])
@@ -112,7 +110,8 @@ TWO_PROCESSES = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 from tiny_bert import make_rows, make_tiny_bert
-from ftkit.training import TrainSettings, fit
+from ftkit.training.state import TrainSettings
+from ftkit.training.loop import fit
 model = make_tiny_bert(dropout=0)
 fit(model, {{"train": make_rows(69)}}, TrainSettings(lr=1e-3, num_epochs=2, batch_size=8, accumulation={accumulation}))
 if int(__import__("os").environ.get("RANK", 0)) == 0:
@@ -168,8 +167,9 @@ RESUMABLE = """
 import sys, time, torch
 sys.path.insert(0, {tests!r})
 from tiny_bert import make_rows, make_tiny_bert
-from ftkit.callbacks import Callback, Checkpoint
-from ftkit.training import TrainSettings, fit
+from ftkit.training.callbacks import Callback, Checkpoint
+from ftkit.training.state import TrainSettings
+from ftkit.training.loop import fit
 
 class Slow(Callback):
     def on_step(self, run):
@@ -218,7 +218,7 @@ def test_killed_at_random_steps_and_resumed_a_run_ends_with_bit_identical_weight
 
 def test_a_checkpoint_of_other_settings_or_rows_is_refused(tmp_path: Path, tiny_data: dict) -> None:
     fit(make_tiny_bert(), tiny_data, TrainSettings(**FAST), callbacks=[Checkpoint(tmp_path / "run.ckpt")])
-    with pytest.raises(ValueError, match=r"of a run with lr=0\.001, this one has 0\.002"):
+    with pytest.raises(ValueError, match=r"of a run with lr=0\.001, but this run has 0\.002"):
         other = TrainSettings(**FAST | {"lr": 2e-3})
         fit(make_tiny_bert(), tiny_data, other, callbacks=[Checkpoint(tmp_path / "run.ckpt")])
     with pytest.raises(ValueError, match="of a run with training rows="):
@@ -268,7 +268,7 @@ def test_a_loss_that_is_not_finite_names_step_rows_and_cause(tiny_data: dict) ->
 def test_out_of_memory_says_which_batch_size_to_try(tiny_data: dict) -> None:
     model = make_tiny_bert()
     model.register_forward_pre_hook(lambda *_: torch.empty(2**60))  # the allocator's own refusal
-    with pytest.raises(TrainingError, match="with 8 rows a batch: try batch_size=4 with accumulation=2"):
+    with pytest.raises(TrainingError, match="with batches of 8 rows: try batch_size=4 with accumulation=2"):
         fit(model, tiny_data, TrainSettings(**FAST))
 
 

@@ -135,7 +135,7 @@ def test_validation_of_towers_is_recall_at_1() -> None:
 
 @pytest.mark.parametrize("wrong", [{"label_smoothing": 0.1}, {"class_weights": "balanced"}, {"class_weights": (1.0,)}])
 def test_settings_of_classes_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(TrainingError, match="Line has a loss of its own: set label_smoothing 0, class_weights None"):
+    with pytest.raises(TrainingError, match="its own loss: set label_smoothing to 0 and class_weights to None"):
         fit(Line(), {"train": make_rows()}, SETTINGS.model_copy(update=wrong))
 
 

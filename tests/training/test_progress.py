@@ -13,7 +13,7 @@ from ftkit.training import monitor
 
 LOOP = """
 import time
-from ftkit import progress
+from ftkit.training import monitor as progress
 progress.START_SECONDS = 0.1
 bar = progress.ProgressBar(4, "training")
 for step in range(1, 5):

@@ -1,7 +1,7 @@
-"""A pinned archive of the package index: found, verified, its files read; none of its code is run.
+"""Find, download, verify and read a pinned archive of the package index.
 
-pip itself is not asked to download, because for a source archive it runs that archive's ``setup.py`` only to
-learn its metadata. Here nothing of an archive is opened before its hash is known to be right, and nothing is run.
+An archive is opened only after its hash has been verified, and none of its code is ever run. This is why pip does not
+download it: for a source archive, pip would run the ``setup.py`` inside, only to learn the metadata.
 """
 
 import ast
@@ -18,42 +18,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ftkit.errors import AssetError
+from ftkit.errors import AssetError, first_line
 
 if TYPE_CHECKING:
     from unearth import Link
     from unearth.fetchers import PyPIClient
 
-ATTEMPTS = 3
-
-PAUSE = 1.0  # seconds between two attempts
+_ATTEMPTS = 3
+_PAUSE = 1.0  # seconds between two attempts
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A wheel or source archive of the package index; ``inner`` is the tar inside it with the files, if there is."""
+    """A wheel or source archive of the package index."""
 
     distribution: str
     version: str
     filename: str
     sha256: str
     size: int  # bytes
-    inner: str | None = None
+    inner: str | None = None  # path of a tar inside the archive, if that holds the files
 
 
 def download(archive: Archive, folder: Path, progress: bool) -> Path:
-    """Download an archive, from the indexes and folders that pip is configured with.
+    """Download an archive from the indexes and folders in pip's configuration.
 
     Args:
-        archive: what is wanted.
-        folder: where to write it; must exist.
+        archive: the archive.
+        folder: an existing folder for the file.
         progress: whether to draw a progress bar on stderr.
 
     Returns:
         The path of the verified file.
 
     Raises:
-        AssetError: no index has the file, the connection keeps breaking, or the hash is wrong.
+        AssetError: no index has the file, every attempt failed, or the hash is wrong.
         OSError: the file cannot be written.
     """
     import httpx2
@@ -62,34 +61,34 @@ def download(archive: Archive, folder: Path, progress: bool) -> Path:
     sources = _sources(config)
     error = ""
     with _client(config, [url for kind, url in sources if kind == "index_urls"]) as client:
-        for attempt in range(ATTEMPTS):
+        for attempt in range(_ATTEMPTS):
             if attempt:
-                time.sleep(PAUSE)
-            links, refusals, broken = _find(client, sources, archive)
-            if not links and not broken:
-                said = "; ".join(refusals) or "none is set"
+                time.sleep(_PAUSE)
+            links, refusals, failures = _find(client, sources, archive)
+            if not links and not failures:
+                reason = "; ".join(refusals) or "none is set"
                 raise AssetError(
-                    f"{archive.filename} is on none of pip's indexes and folders ({said}): check "
-                    "index-url, extra-index-url, find-links and no-index in `pip config list`"
+                    f"{archive.filename} is on none of pip's indexes and folders ({reason}): check "
+                    "index-url, extra-index-url, find-links and no-index in `pip config list`."
                 )
             if not links:
-                error = broken[0]
+                error = failures[0]
                 continue
             link = links[attempt % len(links)]
             path = folder / archive.filename
             try:
                 _stream(client, link, archive, path, progress)
                 return path
-            except (httpx2.HTTPError, ConnectionError) as broken_off:
-                error = f"{link.redacted}: {broken_off or type(broken_off).__name__}"
+            except (httpx2.HTTPError, ConnectionError) as failure:
+                error = f"{link.redacted}: {first_line(failure)}"
     raise AssetError(
         f"{archive.filename} could not be downloaded ({error}): "
-        "check the network, and index-url, proxy and cert in `pip config list`"
+        "check the network, and index-url, proxy and cert in `pip config list`."
     )
 
 
 def contents(archive: Archive, path: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """The name and the content of each regular file in a downloaded archive, or in the ``inner`` tar of it."""
+    """Yield the name and the content of each regular file in a downloaded archive, or in its ``inner`` tar."""
     with path.open("rb") as stream:
         for name, content in _zip_files(stream) if path.suffix == ".whl" else _tar_files(stream):
             if archive.inner is None:
@@ -114,12 +113,12 @@ def _tar_files(stream: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
 
 
 def _pip_config() -> dict[str, str]:
-    """The options that ``pip download`` would take from its files and from PIP_* variables, without their dashes."""
+    """Return the options that ``pip download`` would use, from pip's files and the variables PIP_*, without dashes."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(command, capture_output=True, text=True, check=False)
     if listed.returncode:
         reason = (listed.stderr.strip() or "no message").splitlines()[-1]
-        raise AssetError(f"pip's configuration cannot be read ({reason}): mend what `pip config list` reports")
+        raise AssetError(f"pip's configuration cannot be read ({reason}): fix what `pip config list` reports.")
     lines = [line.partition("=") for line in listed.stdout.splitlines()]
     config: dict[str, str] = {}
     for section in ("global.", "download.", ":env:."):  # a later section wins, as in pip
@@ -130,7 +129,7 @@ def _pip_config() -> dict[str, str]:
 
 
 def _sources(config: dict[str, str]) -> list[tuple[str, str]]:
-    """(``"find_links"`` or ``"index_urls"``, folder or URL) for every place to look, in pip's order."""
+    """Return all places to look, in pip's order, as pairs (``"find_links"`` or ``"index_urls"``, folder or URL)."""
     found = [("find_links", str(Path(x).expanduser()) if "://" not in x else x) for x in _words(config, "find-links")]
     if config.get("no-index", "").lower() not in ("1", "true", "yes", "on"):
         indexes = [config.get("index-url") or _default_index(), *_words(config, "extra-index-url")]
@@ -139,7 +138,7 @@ def _sources(config: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def _default_index() -> str:
-    from pip._internal.models.index import PyPI  # pip has no public name for it
+    from pip._internal.models.index import PyPI  # pip has no public name for this
 
     return PyPI.simple_url
 
@@ -149,7 +148,7 @@ def _words(config: dict[str, str], key: str) -> list[str]:
 
 
 def _client(config: dict[str, str], index_urls: list[str]) -> "PyPIClient":
-    """An HTTP client with pip's certificates, proxy, time-out and credentials (index URL, netrc, keyring)."""
+    """Return an HTTP client with pip's certificates, proxy, timeout and credentials (index URL, netrc, keyring)."""
     import httpx2
     import truststore
     from unearth.auth import MultiDomainBasicAuth
@@ -162,7 +161,7 @@ def _client(config: dict[str, str], index_urls: list[str]) -> "PyPIClient":
             verify = ssl.create_default_context(**where)
         except OSError as error:
             raise AssetError(
-                f"pip's cert {cert} cannot be read ({error.strerror}): mend it with `pip config`"
+                f"pip's cert {cert} cannot be read ({error.strerror}): fix it with `pip config`."
             ) from None
     else:
         verify = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -180,13 +179,17 @@ def _client(config: dict[str, str], index_urls: list[str]) -> "PyPIClient":
 def _find(
     client: "PyPIClient", sources: list[tuple[str, str]], archive: Archive
 ) -> tuple[list["Link"], list[str], list[str]]:
-    """Ask every source for the file: the links to it, what each source without it said, and broken connections."""
+    """Look for the file in every source.
+
+    Returns:
+        The links to the file, a reason from each source that does not have it, and the errors of failed connections.
+    """
     import httpx2
     from unearth import Link, PackageFinder
 
     links: list[Link] = []
     refusals: list[str] = []
-    broken: list[str] = []
+    failures: list[str] = []
     handler = logging.Handler()  # unearth logs what an index answers (not found, forbidden, not trusted)
     handler.emit = lambda record: refusals.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("unearth.collector")
@@ -194,30 +197,30 @@ def _find(
     try:
         for kind, url in sources:
             finder = PackageFinder(client, ignore_compatibility=True, **{kind: [url]})
-            said = len(refusals)
+            before = len(refusals)
             try:
                 packages = finder.find_all_packages(archive.distribution, allow_yanked=True)
                 found = [package.link for package in packages if package.link.filename == archive.filename]
             except (ValueError, OSError):  # a folder of find-links that does not exist, or cannot be read
                 found = []
             except httpx2.HTTPError as error:
-                broken.append(f"{Link(url).redacted}: {error or type(error).__name__}")
+                failures.append(f"{Link(url).redacted}: {first_line(error)}")
                 found = []
             links += found
-            if not found and len(refusals) == said:
+            if not found and len(refusals) == before:
                 refusals.append(f"not in {Link(url).redacted}")
     finally:
         logger.removeHandler(handler)
-    return links, refusals, broken
+    return links, refusals, failures
 
 
 def _stream(client: "PyPIClient", link: "Link", archive: Archive, path: Path, progress: bool) -> None:
-    """Write what the link gives to ``path``; raises unless that is the pinned file."""
+    """Download the link to ``path``, and raise an error unless the result is the pinned file."""
     from tqdm import tqdm
 
     digest, received = hashlib.sha256(), 0
     bar = tqdm(total=archive.size, unit="B", unit_scale=True, desc=archive.distribution, disable=not progress)
-    # As it lies on the server: a .tar.gz must not be unpacked on the way.
+    # The bytes as stored on the server: a .tar.gz must not be decompressed on the way.
     request = client.stream("GET", link.normalized, headers={"Accept-Encoding": "identity"})
     with bar, request as response, path.open("wb") as file:
         response.raise_for_status()
@@ -233,5 +236,5 @@ def _stream(client: "PyPIClient", link: "Link", archive: Archive, path: Path, pr
     if digest.hexdigest() != archive.sha256:
         raise AssetError(
             f"{path.name} from {link.redacted} is not the pinned file (sha256 {digest.hexdigest()[:12]}…, expected "
-            f"{archive.sha256[:12]}…) and was not opened: remove it there, or choose another index for pip"
+            f"{archive.sha256[:12]}…) and was not opened: remove it there, or choose another index for pip."
         )

@@ -1,4 +1,4 @@
-"""A quantised language model, converted once to safetensors."""
+"""Convert a quantised language model to safetensors, once."""
 
 import contextlib
 import errno
@@ -9,13 +9,15 @@ from pathlib import Path
 
 
 def convert(path: Path, folder: Path, progress: bool = True) -> None:
-    """De-quantise a GGUF file once, and save network and tokenizer as float32 safetensors.
+    """De-quantise a GGUF file, and save the network as float32 safetensors, with its tokenizer.
+
+    ``AutoModelForCausalLM.from_pretrained(folder)`` then takes a second instead of half a minute, and gives the
+    same logits as the GGUF file.
 
     Args:
         path: the ``.gguf`` file.
-        folder: where to save; ``AutoModelForCausalLM.from_pretrained(folder)`` then gives the same logits as
-            loading the GGUF file does, in a second instead of half a minute.
-        progress: whether to say on stderr what takes so long.
+        folder: the folder to save to.
+        progress: whether to print on stderr why this takes long.
 
     Raises:
         OSError: the folder cannot be written.
@@ -24,12 +26,12 @@ def convert(path: Path, folder: Path, progress: bool = True) -> None:
     import transformers
 
     if progress:
-        print(f"converting {path.name} to safetensors, once (about half a minute)", file=sys.stderr, flush=True)
+        print(f"converting {path.name} to safetensors (once, about half a minute)", file=sys.stderr, flush=True)
     with _quiet():
         source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
         loaded = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-        # transformers refuses to save a model that it de-quantised: put its weights into one that never was.
+        # transformers refuses to save a model that it de-quantised: copy the weights to a model that never was.
         config = loaded.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -47,7 +49,7 @@ def convert(path: Path, folder: Path, progress: bool = True) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back transformers' advice and progress bars: they are of no use to the reader of a download."""
+    """Silence the advice and the progress bars of transformers, which do not help someone who fetches an asset."""
     import transformers
 
     verbosity = transformers.logging.get_verbosity()

@@ -1,7 +1,7 @@
-"""Which models and data are pinned, and their place on the disk.
+"""The pinned models and data sets, and the cache that holds them on the disk.
 
 An archive is downloaded once, verified, and unpacked to ``CACHE/<distribution>-<version>/<asset>/``. A cache
-entry appears complete or not at all; reading one takes no lock and writes nothing.
+entry appears complete or not at all. Reading one takes no lock and writes nothing.
 """
 
 import dataclasses
@@ -19,34 +19,43 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from ftkit.data.assets.archives import Archive, contents, download
-from ftkit.errors import AssetError, nearest
+from ftkit.errors import AssetError, did_you_mean, first_line
 
-REGISTRY = Path(__file__).with_name("assets.toml")
+_ASSETS_FILE = Path(__file__).with_name("assets.toml")
+
+_INTRO = """\
+# Models and data
+
+A card for each asset: what it is, where it comes from, and its known flaws. The files themselves are not in this
+folder: `ftkit fetch NAME` downloads them. Assets from the same source are downloaded together.
+
+Generated from `ftkit/data/assets/assets.toml`: edit that file, then run `ftkit assets --cards > data/README.md`.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Asset:
-    """One model or data set: ``members`` (globs below the folder ``root``) of an archive, and what is known of it."""
+    """A model or data set: some files of an archive, and the text of its card."""
 
     name: str
     kind: str
     title: str
     description: str
     archive: Archive
-    root: str
-    members: tuple[str, ...]
+    root: str  # a folder in the archive
+    members: tuple[str, ...]  # globs below that folder
     size: int  # bytes on the disk
-    licence: str  # in a word or two
-    rights: str  # what that means, who says so
+    licence: str  # a word or two
+    rights: str  # the source of the licence, and its limits
     flaws: str
     citation: str
-    hub: str | None = None
+    hub: str | None = None  # the same model or source on the Hugging Face hub
 
 
 @functools.cache
-def registry() -> dict[str, Asset]:
-    """Every asset by name, in the order of ``assets.toml``."""
-    table = tomllib.loads(REGISTRY.read_text(encoding="utf-8"))
+def read_registry() -> dict[str, Asset]:
+    """Return every asset by name, in the order of ``assets.toml``."""
+    table = tomllib.loads(_ASSETS_FILE.read_text(encoding="utf-8"))
     archives = {name: Archive(distribution=name, **facts) for name, facts in table["archives"].items()}
     return {
         name: Asset(name=name, **{**facts, "archive": archives[facts["archive"]], "members": tuple(facts["members"])})
@@ -55,38 +64,41 @@ def registry() -> dict[str, Asset]:
 
 
 def names(kind: str | None = None) -> list[str]:
-    """Names of all assets, or of those of one kind."""
-    return [asset.name for asset in registry().values() if kind in (None, asset.kind)]
+    """Return the names of all assets, or of those of one kind."""
+    return [asset.name for asset in read_registry().values() if kind in (None, asset.kind)]
 
 
 def get(name: str) -> Asset:
-    """The asset of that name; raises AssetError, with the nearest name, if there is none."""
-    if name in registry():
-        return registry()[name]
-    raise AssetError(
-        f"there is no asset {name!r}: did you mean {nearest(name, registry())!r}? `ftkit assets` lists them all"
-    )
+    """Return the asset with this name.
+
+    Raises:
+        AssetError: there is no such asset; the message suggests the nearest name.
+    """
+    known = read_registry()
+    if name not in known:
+        raise AssetError(f"There is no asset {name!r}: {did_you_mean(name, known)} `ftkit assets` lists them all.")
+    return known[name]
 
 
 def cache_dir() -> Path:
-    """Where assets are kept: FTKIT_CACHE, or the user's cache folder."""
+    """Return the folder that holds the assets: FTKIT_CACHE, or else ``ftkit`` in the user's cache folder."""
     import platformdirs
 
     return Path(os.environ.get("FTKIT_CACHE") or platformdirs.user_cache_dir("ftkit")).expanduser().absolute()
 
 
 def offline() -> bool:
-    """Whether FTKIT_OFFLINE forbids the network."""
+    """Return whether FTKIT_OFFLINE forbids the use of the network."""
     return os.environ.get("FTKIT_OFFLINE", "").lower() in ("1", "true")
 
 
 def is_cached(name: str) -> bool:
-    """Whether the asset is on the disk, with every file at its full size."""
+    """Return whether the asset is on the disk and every file has its full size."""
     return _problem(get(name)) is None
 
 
 def fetch(name: str, progress: bool = True) -> Path:
-    """Get an asset onto the disk, unless it is there.
+    """Download an asset, unless it is already on the disk.
 
     Args:
         name: an asset of the registry.
@@ -96,23 +108,23 @@ def fetch(name: str, progress: bool = True) -> Path:
         The folder with the asset's files.
 
     Raises:
-        AssetError: unknown name, no network, FTKIT_OFFLINE, wrong hash, full disk, read-only cache: one line
-            that says what to do. Nothing half-written is left.
+        AssetError: unknown name, no network, FTKIT_OFFLINE is set, wrong hash, full disk, or read-only cache. No
+            incomplete files are left behind.
     """
     asset = get(name)
     entry = _entry(asset.archive)
     if problem := _problem(asset):
         if offline():
             raise AssetError(
-                f"{name} {problem}, and FTKIT_OFFLINE is set: unset it and run `ftkit fetch {name}`, "
-                "or set FTKIT_CACHE to a cache that holds it"
+                f"The asset {name!r} {problem}, and FTKIT_OFFLINE is set: unset it and run `ftkit fetch {name}`, "
+                "or set FTKIT_CACHE to a cache that contains it."
             )
         try:
             with _lock(entry):
-                if _problem(asset):  # else another process has just made it
+                if _problem(asset):  # otherwise another process has just fetched it
                     _build(asset.archive, entry, progress)
         except OSError as error:
-            raise AssetError(f"{name} {problem}, and {_advice(error, asset.archive)}") from None
+            raise AssetError(f"The asset {name!r} {problem}, and {_advice(error, asset.archive)}.") from None
     return entry / name
 
 
@@ -121,43 +133,44 @@ def _entry(archive: Archive) -> Path:
 
 
 def _assets_in(archive: Archive) -> list[Asset]:
-    return [asset for asset in registry().values() if asset.archive == archive]
+    return [asset for asset in read_registry().values() if asset.archive == archive]
 
 
 def _problem(asset: Asset) -> str | None:
-    """What keeps the cached asset from being used, to follow its name in a sentence; None if nothing does."""
+    """Return why the cached asset cannot be used, worded to follow its name in a sentence, or None if it can."""
     entry = _entry(asset.archive)
     try:
         manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "is not cached"
-    made = manifest["assets"].get(asset.name)
-    if manifest["sha256"] != asset.archive.sha256 or made is None or made["members"] != _recipe(asset):
-        return "is cached by another version of ftkit"
-    for file, facts in made["files"].items():
+    cached = manifest["assets"].get(asset.name)
+    if manifest["sha256"] != asset.archive.sha256 or cached is None or cached["members"] != _patterns(asset):
+        return "was cached by another version of ftkit"
+    for file, facts in cached["files"].items():
         path = entry / asset.name / file
         if not path.is_file() or path.stat().st_size != facts["size"]:
-            return f"is damaged ({path} is missing or not of its size)"
+            return f"is damaged ({path} is missing or has the wrong size)"
     return None
 
 
-def _recipe(asset: Asset) -> list[str]:
+def _patterns(asset: Asset) -> list[str]:
     return [f"{asset.root}/{member}" for member in asset.members]
 
 
 def _advice(error: OSError, archive: Archive) -> str:
+    """Return what went wrong when the cache was written and what to do, without a full stop."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         need = archive.size + sum(asset.size for asset in _assets_in(archive))
         return (
             f"the disk of {cache_dir()} is full: free about {need / 1e6:.0f} MB, "
             "or set FTKIT_CACHE to a folder on another disk"
         )
-    return f"{cache_dir()} cannot be written ({_line(str(error))}): set FTKIT_CACHE to a folder that you can write"
+    return f"{cache_dir()} cannot be written ({first_line(error)}): set FTKIT_CACHE to a folder that you can write to"
 
 
 @contextmanager
 def _lock(entry: Path) -> Iterator[None]:
-    """Hold the one lock of a cache entry; the system frees it when a process is killed."""
+    """Hold the lock of a cache entry. The operating system frees it if the process is killed."""
     from filelock import FileLock, Timeout
 
     entry.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +178,7 @@ def _lock(entry: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0.5)
     except Timeout:
-        print(f"waiting for another process that fetches {entry.name}", file=sys.stderr)
+        print(f"waiting for another process that is fetching {entry.name}", file=sys.stderr)
         lock.acquire()
     try:
         yield
@@ -174,9 +187,9 @@ def _lock(entry: Path) -> Iterator[None]:
 
 
 def _build(archive: Archive, entry: Path, progress: bool) -> None:
-    """Download and unpack beside the entry, then put the whole in its place. Needs the lock."""
+    """Download and unpack beside the entry, then move the result into place. The caller holds the lock."""
     partial, old = (entry.with_name(f"{entry.name}.{suffix}") for suffix in ("partial", "old"))
-    _remove(partial, old)  # what a killed process left
+    _remove(partial, old)  # left by a process that was killed
     try:
         partial.mkdir()
         file = download(archive, partial, progress)
@@ -201,7 +214,7 @@ def _remove(*folders: Path) -> None:
 
 
 def _manifest(archive: Archive, folder: Path) -> dict[str, object]:
-    made: dict[str, object] = {}
+    assets: dict[str, object] = {}
     for asset in _assets_in(archive):
         files = {}
         for path in sorted(p for p in (folder / asset.name).rglob("*") if p.is_file()):
@@ -209,12 +222,12 @@ def _manifest(archive: Archive, folder: Path) -> dict[str, object]:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             relative = path.relative_to(folder / asset.name).as_posix()
             files[relative] = {"size": path.stat().st_size, "sha256": digest}
-        made[asset.name] = {"members": _recipe(asset), "files": files}
-    return {"sha256": archive.sha256, "assets": made}
+        assets[asset.name] = {"members": _patterns(asset), "files": files}
+    return {"sha256": archive.sha256, "assets": assets}
 
 
 def _extract(archive: Archive, file: Path, folder: Path) -> None:
-    """Copy the members of every asset of the archive to ``folder/<asset>/<path below root>``, and nothing else."""
+    """Copy only the members of the archive's assets, each to ``folder/<asset>/<path below root>``."""
     missing = {(asset, member) for asset in _assets_in(archive) for member in asset.members}
     for name, stream in contents(archive, file):
         for asset in _assets_in(archive):
@@ -223,7 +236,7 @@ def _extract(archive: Archive, file: Path, folder: Path) -> None:
             if not hits:
                 continue
             if ".." in PurePosixPath(below).parts or below.startswith("/") or "\\" in below or ":" in below:
-                raise AssetError(f"{archive.filename} has an unsafe member {name!r}: do not use this archive")
+                raise AssetError(f"{archive.filename} has an unsafe member {name!r}: do not use this archive.")
             missing -= {(asset, member) for member in hits}
             target = folder / asset.name / below
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -231,18 +244,12 @@ def _extract(archive: Archive, file: Path, folder: Path) -> None:
             with target.open("wb") as out:
                 shutil.copyfileobj(stream, out)
     for asset, member in missing:
-        raise AssetError(f"{archive.filename} has no member {asset.root}/{member}: correct {asset.name} in assets.toml")
+        raise AssetError(f"{archive.filename} has no member {asset.root}/{member}: fix {asset.name} in assets.toml.")
 
 
 def cards() -> str:
-    """The text of ``data/README.md``: a card for each asset, in Markdown."""
-    intro = (
-        "# Models and data\n\n"
-        "A card for each asset: what it is, where it comes from, what is wrong with it. The files themselves are not\n"
-        "in this folder; `ftkit fetch NAME` gets them. Generated from `ftkit/assets.toml` by `ftkit assets --cards`:\n"
-        "edit that, not this. Assets of one source are downloaded together.\n"
-    )
-    return "\n".join([intro, *map(_card, registry().values())])
+    """Return the text of ``data/README.md``, which has a card for each asset, in Markdown."""
+    return "\n".join([_INTRO, *map(_card, read_registry().values())])
 
 
 def _card(asset: Asset) -> str:
@@ -258,14 +265,14 @@ def _card(asset: Asset) -> str:
     if asset.hub:
         same = "" if asset.kind.endswith(("model", "encoder")) else " (same source; rows and cleaning may differ)"
         facts["On the Hugging Face hub"] = f"`{asset.hub}`{same}"
-    lines = [f"- {label}: {_line(fact)}" for label, fact in facts.items()]
+    lines = [f"- {label}: {' '.join(fact.split())}" for label, fact in facts.items()]
     return f"## {asset.name}: {asset.title}\n\n{asset.description.strip()}\n\n" + "\n".join(lines) + "\n"
 
 
 def table() -> str:
-    """All assets, one a line: name, kind, size to download, size on the disk, whether it is cached, licence."""
+    """Return a table with one line per asset: name, kind, download size, size on the disk, cached or not, licence."""
     rows = [("name", "kind", "download", "on disk", "cached", "licence")]
-    for asset in registry().values():
+    for asset in read_registry().values():
         sizes = _mb(asset.archive.size), _mb(asset.size)
         cached = "yes" if is_cached(asset.name) else "no"
         rows.append((asset.name, asset.kind, *sizes, cached, asset.licence))
@@ -277,7 +284,3 @@ def table() -> str:
 
 def _mb(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())

@@ -1,1 +1,1 @@
-"""Runs of notebooks: one, a grid, their comparison, the report."""
+"""Run notebooks: one run, a grid of runs, their comparison, the report."""

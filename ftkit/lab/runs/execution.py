@@ -1,4 +1,4 @@
-"""Execute a notebook in a kernel, with progress and peak memory."""
+"""Execute a notebook in a kernel, show the progress and measure the peak memory."""
 
 import logging
 import sys
@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 class Execution(NamedTuple):
-    """How it went: ``error`` is one line, None if every cell ran; the memory is the peak of kernel and children."""
+    """Result of an execution.
+
+    Attributes:
+        error: error message in one line, None if all cells ran.
+        seconds: duration.
+        peak_rss_mib: peak memory of the kernel and its child processes, in MiB.
+    """
 
     error: str | None
     seconds: float
@@ -24,20 +30,20 @@ class Execution(NamedTuple):
 def execute(
     source: Path, target: Path, parameters: Mapping[str, Any], *, env: Mapping[str, str], progress: bool
 ) -> Execution:
-    """Execute a notebook with papermill in the current folder; ``target`` keeps all that ran, also after an error.
+    """Execute a notebook with papermill, in the current folder.
 
     Args:
-        source: the notebook.
-        target: its executed copy, written after each cell.
-        parameters: injected below the `parameters` cell.
-        env: variables for the kernel, besides those of this process.
+        source: path of the notebook.
+        target: path of the executed copy; it is written after each cell, so an error loses nothing.
+        parameters: values by name, inserted below the `parameters` cell.
+        env: environment variables for the kernel, in addition to those of this process.
         progress: show a bar on stderr.
     """
     import papermill
     from jupyter_core.utils import run_sync
     from nbclient.exceptions import DeadKernelError
 
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would say is in `error`
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # its messages are in `error`
     kernel = _kernel(env)
     steps = _Steps(progress)
     memory = _PeakMemory(kernel, steps)
@@ -61,7 +67,7 @@ def execute(
         message = (failure.evalue.strip().splitlines() or [""])[0].rstrip(".")
         error = f"{failure.ename}{': ' if message else ''}{message} ({steps.where})"
     except DeadKernelError:
-        error = f"The kernel died, most likely out of memory: try a smaller batch or fewer rows ({steps.where})"
+        error = f"The kernel died, probably out of memory: try a smaller batch or fewer rows ({steps.where})"
     except KeyboardInterrupt:
         if not target.exists():
             raise
@@ -77,12 +83,12 @@ def execute(
 
 
 def _literal(path: Path) -> str:
-    """The path as papermill takes it: it formats paths with the parameters."""
+    """Escape braces in a path: papermill formats paths with the parameters."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _kernel(env: Mapping[str, str]) -> Any:
-    """A kernel manager for this interpreter: an installed kernelspec named python3 may belong to any other."""
+    """Kernel manager for this Python interpreter; an installed kernelspec "python3" may belong to another one."""
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
@@ -90,18 +96,17 @@ def _kernel(env: Mapping[str, str]) -> Any:
     class ThisInterpreter(AsyncKernelManager):
         kernel_spec = KernelSpec(**get_kernel_dict(), env=dict(env))
         connected = None
-        # a second for a clean end, in which what was to be tidied is tidied first; taking torch apart takes longer
-        shutdown_wait_time = 2.0
+        shutdown_wait_time = 2.0  # give exit handlers up to two seconds; unloading torch would take longer
 
         def client(self, **kwargs: Any) -> Any:
-            self.connected = super().client(**kwargs)  # kept, since nbclient leaves it open for us to close
+            self.connected = super().client(**kwargs)  # nbclient does not close it
             return self.connected
 
     return ThisInterpreter(transport_encryption="auto")
 
 
 class _Steps:
-    """Follows the cells through nbclient's hooks: a bar, and where the execution stands."""
+    """Hooks for nbclient that update the progress bar and remember the current cell."""
 
     def __init__(self, shown: bool) -> None:
         from tqdm import tqdm
@@ -132,7 +137,7 @@ class _Steps:
 
 
 class _PeakMemory(threading.Thread):
-    """Samples the resident memory of kernel and children; pages that they share count once for each."""
+    """Thread that samples the resident memory of the kernel and its children; shared pages count for each of them."""
 
     def __init__(self, kernel: "AsyncKernelManager", steps: _Steps) -> None:
         super().__init__(daemon=True)
@@ -145,12 +150,12 @@ class _PeakMemory(threading.Thread):
 
         while not self.ended.wait(0.25):
             if sys.stderr.isatty():
-                self.steps.bar.refresh()  # a cell may take minutes: the clock goes on
+                self.steps.bar.refresh()  # keep the clock running during a long cell
             try:
                 process = psutil.Process(self.kernel.provisioner.pid)
                 family = [process, *process.children(recursive=True)]
                 self.peak_mib = max(self.peak_mib, sum(p.memory_info().rss for p in family) / 2**20)
-            except (psutil.Error, AttributeError):  # a child that has just ended, a kernel not yet started
+            except (psutil.Error, AttributeError):  # a child that just ended, or a kernel not started yet
                 continue
 
     def stop(self) -> None:

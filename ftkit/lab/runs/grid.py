@@ -1,6 +1,6 @@
-"""A grid of runs: a process for each, what is missing or failed.
+"""Run a grid of parameters, one process per run.
 
-What is done is read from the ledger of the folder: a run of the same identity (`ftkit.runs.identify`) without error.
+A run that the folder's ledger already lists with the same identity and without an error is not repeated.
 """
 
 import ast
@@ -18,15 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ftkit.lab import results
+from ftkit.lab.results import LEDGER, read_ledger
 from ftkit.lab.runs.notebooks import check_parameters, identify
 
-RANGE = re.compile(r"\s*(-?\d+)\.\.(-?\d+)\s*")
+_RANGE = re.compile(r"\s*(-?\d+)\.\.(-?\d+)\s*")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the grid: its parameters, ``name`` (those that differ within the grid) and identity."""
+    """One run of the grid.
+
+    Attributes:
+        parameters: values by name, without the tier.
+        name: the parameters that vary within the grid, as text.
+        identity: digest that tells it from other runs.
+    """
 
     parameters: dict[str, Any]
     name: str
@@ -35,14 +41,14 @@ class Job:
 
 @dataclass
 class _Running:
-    """A job in its process, with what that prints."""
+    """A job with its process and a file that receives the process's stderr."""
 
     job: Job
     process: subprocess.Popen[bytes]
     output: IO[bytes]
 
     def error(self) -> str | None:
-        """One line, None if the run finished."""
+        """Error message in one line, None if the run finished."""
         code = self.process.returncode
         if code == 0:
             return None
@@ -55,13 +61,13 @@ class _Running:
 
 
 def values_of(text: str) -> list[Any]:
-    """The values of a parameter as the command line gives them.
+    """Parse the values that the command line gives for a parameter.
 
-    Commas part values, except within quotes and brackets and in the name of a file that exists; ``0..4`` of whole
-    numbers is all five. A value is read as JSON or as a Python literal, else it is text.
+    Commas separate values, except inside quotes or brackets or when the text is the name of an existing file. ``0..4``
+    stands for 0, 1, 2, 3, 4. Each value is read as JSON, else as a Python literal, else it is text.
 
     Raises:
-        ValueError: a range that runs backwards.
+        ValueError: a range has its larger number first.
     """
     try:
         return [json.loads(text)]
@@ -74,9 +80,9 @@ def values_of(text: str) -> list[Any]:
     values = []
     while pieces:
         taken = 1
-        if pieces[0].lstrip()[:1] in tuple("[({\"'"):  # up to where it closes; to the end if nowhere
+        if pieces[0].lstrip()[:1] in tuple("[({\"'"):  # up to the closing bracket or quote, else to the end
             ends = range(1, len(pieces) + 1)
-            taken = next((n for n in ends if _reads(",".join(pieces[:n]))), len(pieces))
+            taken = next((n for n in ends if _is_literal(",".join(pieces[:n]))), len(pieces))
         piece = ",".join(pieces[:taken]).strip()
         values += _range(piece) or [_value(piece)]
         del pieces[:taken]
@@ -84,28 +90,28 @@ def values_of(text: str) -> list[Any]:
 
 
 def each_once(given: Sequence[tuple[str, list[Any]]]) -> dict[str, list[Any]]:
-    """Names and values as a dict.
+    """Turn pairs of name and values into a dictionary.
 
     Raises:
-        ValueError: a name is given twice.
+        ValueError: a name is given more than once.
     """
     names = [name for name, _ in given]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{name} is given {names.count(name)} times: give all of its values at once, {name}=A,B.")
+            raise ValueError(f"{name} is given {names.count(name)} times: give all its values at once, {name}=A,B.")
     return dict(given)
 
 
 def plan(notebook: Path, axes: Mapping[str, Sequence[Any]], *, tier: str) -> list[Job]:
-    """The jobs of a grid, all of them checked; combinations that come to the same run are one job.
+    """List and check the jobs of a grid; combinations that mean the same run become one job.
 
     Args:
-        notebook: its path.
-        axes: the values of each parameter.
+        notebook: path of the notebook.
+        axes: values by name of the parameter.
         tier: smoke, cpu or gpu.
 
     Raises:
-        ValueError: an unknown parameter, a value that can't be.
+        ValueError: a parameter is unknown or a value is not allowed.
     """
     varied = [name for name, values in axes.items() if len(values) > 1]
     jobs = {}
@@ -121,31 +127,34 @@ def plan(notebook: Path, axes: Mapping[str, Sequence[Any]], *, tier: str) -> lis
 def run_grid(
     notebook: Path, planned: Sequence[Job], *, tier: str, out: str | Path, html: bool = False, jobs: int = 1
 ) -> int:
-    """Run what is missing, a process for each run, with a bar over all on stderr; a failure is told when it happens.
+    """Run the jobs that are not in the ledger yet, one process per run, with a progress bar on stderr.
+
+    A failed run is reported on stderr as soon as it ends.
 
     Args:
-        notebook: its path.
-        planned: what `plan` made of it.
+        notebook: path of the notebook.
+        planned: jobs from `plan`.
         tier: smoke, cpu or gpu.
-        out: folder of the runs and of their ledger.
-        html: also write each run's ``report.html``.
-        jobs: runs at a time; with several, each gets its share of the cores.
+        out: folder of the runs and their ledger.
+        html: also write ``report.html`` for each run.
+        jobs: number of runs at the same time; if there are several, they share the cores equally.
 
     Returns:
-        The number of runs that failed.
+        Number of failed runs.
 
     Raises:
-        KeyboardInterrupt: the runs under way have been stopped, their reports written; the second time, killed.
+        KeyboardInterrupt: after the first Ctrl-C the current runs end and write their reports; after the second they
+            are killed.
     """
     from tqdm import tqdm
 
     out = Path(out)
-    finished = [e for e in results.read_ledger(out / results.LEDGER) if "identity" in e and not e["error"]]
+    finished = [e for e in read_ledger(out / LEDGER) if "identity" in e and not e["error"]]
     wanted = "report.html" if html else ""
     done = {entry["identity"] for entry in finished if (out / entry["id"] / wanted).exists()}
     waiting = [job for job in planned if job.identity not in done]
     if len(waiting) < len(planned):
-        print(f"{len(planned) - len(waiting)} of {len(planned)} runs are already there.", file=sys.stderr)
+        print(f"{len(planned) - len(waiting)} of {len(planned)} runs are already done.", file=sys.stderr)
     command = [sys.executable, "-m", "ftkit.cli", "run", str(notebook), "--tier", tier, "--out", str(out)]
     command += ["--html"] if html else []
     jobs = min(jobs, len(waiting))
@@ -165,7 +174,7 @@ def run_grid(
                     bar.write(f"{run.job.name} failed: {error}", file=sys.stderr)
                 bar.update()
             if sys.stderr.isatty():
-                bar.refresh()  # a run takes minutes: the clock goes on
+                bar.refresh()  # keep the clock running during a long run
     finally:
         bar.close()
         _stop(running)
@@ -173,10 +182,10 @@ def run_grid(
 
 
 def _start(job: Job, command: Sequence[str], env: Mapping[str, str]) -> _Running:
-    # as JSON, which reads back as one value whatever it holds
+    # as JSON, which `values_of` always reads back as one value
     given = [f"--parameter={name}={json.dumps(value)}" for name, value in job.parameters.items()]
-    output = tempfile.TemporaryFile()  # noqa: SIM115 (a pipe that nobody reads would fill up)
-    # in a session of its own: Ctrl-C in the terminal is for this process to pass on, once
+    output = tempfile.TemporaryFile()  # noqa: SIM115 (a pipe would fill up, since nobody reads it)
+    # a session of its own: Ctrl-C in the terminal then reaches only this process, which passes it on once
     process = subprocess.Popen(
         [*command, *given],
         env=env,
@@ -189,15 +198,15 @@ def _start(job: Job, command: Sequence[str], env: Mapping[str, str]) -> _Running
 
 
 def _stop(running: Sequence[_Running]) -> None:
-    """Let the runs write their reports and end; a second Ctrl-C kills them, their kernels too."""
+    """Ask the runs to write their reports and end; a second Ctrl-C kills them and their kernels."""
     import psutil
 
     try:
         if running:
             print(f"stopping {len(running)} runs; Ctrl-C again kills them", file=sys.stderr)
         for run in running:
-            if sys.platform != "win32":  # where the console has told them itself
-                run.process.terminate()  # the same to `ftkit` as Ctrl-C, but never ignored in the background
+            if sys.platform != "win32":  # on Windows the console sends Ctrl-C to them, too
+                run.process.terminate()  # `ftkit` treats SIGTERM as Ctrl-C; background processes may ignore SIGINT
         for run in running:
             run.process.wait()
     except KeyboardInterrupt:
@@ -210,7 +219,7 @@ def _stop(running: Sequence[_Running]) -> None:
 
 
 def _limited(jobs: int) -> dict[str, str]:
-    """This process's variables, with the threads of each of several jobs limited to its share of the cores."""
+    """Environment variables for a job; several jobs at a time are limited to their share of the cores."""
     if jobs <= 1:
         return dict(os.environ)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -219,13 +228,13 @@ def _limited(jobs: int) -> dict[str, str]:
 
 
 def _range(text: str) -> list[int]:
-    """All numbers of ``A..B``; none where the text is no range."""
-    found = RANGE.fullmatch(text)
+    """All numbers of a range ``A..B``; an empty list if the text is not a range."""
+    found = _RANGE.fullmatch(text)
     if not found:
         return []
     first, last = map(int, found.groups())
     if first > last:
-        raise ValueError(f"{text.strip()} runs backwards: write {last}..{first}")
+        raise ValueError(f"The range {text.strip()} has its larger number first: write {last}..{first}.")
     return list(range(first, last + 1))
 
 
@@ -234,19 +243,19 @@ def _value(text: str) -> Any:
         try:
             value = read(text)
             json.dumps(value)
-        except (ValueError, SyntaxError, TypeError):  # a set and the like are no values of ours: text
+        except (ValueError, SyntaxError, TypeError):  # what JSON cannot hold, such as a set, is text
             continue
         return value
     return text
 
 
-def _reads(text: str) -> bool:
-    """Whether the text is a literal, brackets and quotes closed."""
+def _is_literal(text: str) -> bool:
+    """Whether the text is a complete literal, with all brackets and quotes closed."""
     return _value(text) != text
 
 
 def _names_a_file(text: str) -> bool:
     try:
         return Path(text).is_file()
-    except (OSError, ValueError):  # too long for a name
+    except (OSError, ValueError):  # for example too long for a file name
         return False

@@ -1,7 +1,7 @@
-"""One run of a notebook with its parameters, and what it leaves behind.
+"""Run a notebook with parameters.
 
 A run is a folder ``OUT/<run id>/`` with the executed ``notebook.ipynb`` and the ``metrics.json`` that the notebook
-wrote through `save_metrics`; it adds a line to ``OUT/ledger.jsonl``.
+wrote through `save_metrics`, and a line in ``OUT/ledger.jsonl``.
 """
 
 import ast
@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ftkit import TIERS
-from ftkit.errors import nearest
-from ftkit.lab import results
-from ftkit.lab.results import plain
+from ftkit.errors import did_you_mean, first_line
+from ftkit.lab.results import LEDGER, append_to_ledger, plain
 from ftkit.lab.runs.execution import execute
 from ftkit.lab.schema import in_words
 from ftkit.lab.settings import settings_of
@@ -27,10 +26,19 @@ from ftkit.lab.settings import settings_of
 class Run:
     """One execution of a notebook.
 
-    ``changed`` maps each parameter that was given another value than its default to (default, value); ``digests`` and
-    ``identity`` are what `identify` returns; ``settings`` and ``metrics`` are the two parts of metrics.json, None where
-    the notebook did not come so far; ``error`` is one line, None if the run finished; ``peak_rss_mib`` is the kernel's,
-    its child processes included.
+    Attributes:
+        id: name of the run's folder.
+        folder: the run's folder.
+        notebook: path of the notebook.
+        tier: smoke, cpu or gpu.
+        started: time at the start, with the time zone.
+        parameters: the given parameters, ``tier`` among them.
+        changed: parameters whose value differs from the default, as name to (default, value).
+        digests, identity: see `identify`.
+        settings, metrics: the two parts of metrics.json, None if the notebook did not get that far.
+        error: error message in one line, None if the run finished.
+        seconds: duration of the execution.
+        peak_rss_mib: peak memory of the kernel and its child processes, in MiB.
     """
 
     id: str
@@ -62,26 +70,29 @@ def run_notebook(
     out: str | Path = "runs",
     progress: bool = True,
 ) -> Run:
-    """Execute a notebook with papermill, on this interpreter and in the current folder.
+    """Execute a notebook with papermill, in this Python environment and in the current folder.
 
-    Relative paths among the parameters therefore mean what they mean to the caller. A cell that fails, a kernel
-    that dies and Ctrl-C end the run, not the caller: what was executed is kept, and ``Run.error`` says what happened.
+    A relative path in a parameter is therefore relative to the caller's folder. A cell that fails, a kernel that dies
+    and Ctrl-C end the run but raise no error: the cells executed so far are kept and ``Run.error`` says what happened.
 
     Args:
         notebook: a path, or the name of a notebook in ``notebooks/``.
-        parameters: values for names of the notebook's `parameters` cell.
+        parameters: values by name, for the notebook's `parameters` cell.
         tier: smoke, cpu or gpu; the notebook's parameter of that name.
-        out: folder that the run's own folder is made in.
-        progress: show a bar on stderr: cells done, and the heading of the one that runs.
+        out: folder in which the run's own folder is created.
+        progress: show a bar on stderr with the number of executed cells and the heading of the current one.
+
+    Returns:
+        The run; it is in the ledger.
 
     Raises:
-        FileNotFoundError: no such notebook.
-        ValueError: an unknown tier or parameter, or a file that is no notebook; nothing has run.
+        FileNotFoundError: there is no such notebook.
+        ValueError: the tier or a parameter is unknown, or the file is not a notebook; nothing has run.
     """
     source = find_notebook(notebook)
     run = _new_run(source, {"tier": tier, **(parameters or {})}, Path(out))
     env = {"FTKIT_RUN_DIR": str(run.folder), "FTKIT_TIER": run.tier}
-    run.error = "It ended before the first cell"
+    run.error = "The run ended before the first cell"
     try:
         run.error, run.seconds, run.peak_rss_mib = execute(
             source, run.executed, run.parameters, env=env, progress=progress
@@ -92,10 +103,13 @@ def run_notebook(
 
 
 def find_notebook(name: str | Path) -> Path:
-    """The absolute path of a notebook given by path or by name.
+    """Find the absolute path of a notebook.
+
+    Args:
+        name: a path, or the name of a notebook in ``notebooks/``.
 
     Raises:
-        FileNotFoundError: it is neither a file nor a name in ``notebooks/``; the message has the nearest name.
+        FileNotFoundError: there is no such notebook; the message suggests the nearest name.
     """
     folders = (Path(), Path("notebooks"), Path(__file__).parents[3] / "notebooks")
     file = Path(name) if Path(name).suffix == ".ipynb" else Path(f"{name}.ipynb")
@@ -103,46 +117,55 @@ def find_notebook(name: str | Path) -> Path:
         if (folder / file).is_file():
             return (folder / file).resolve()
     known = sorted({path.stem for folder in folders for path in folder.glob("*.ipynb")})
-    hint = f"did you mean {nearest(file.stem, known)!r}? {_listed(known)}" if known else "give the path of one"
-    raise FileNotFoundError(f"No notebook {str(name)!r}: {hint}.")
+    hint = f"{did_you_mean(file.stem, known)} The notebooks are {', '.join(known)}" if known else "give its path"
+    raise FileNotFoundError(f"There is no notebook {str(name)!r}: {hint}.")
 
 
 def assets_of(notebook: Path) -> list[str]:
-    """Names of the assets that a notebook reads with its default parameters, as its metadata lists them."""
+    """Names of the assets that a notebook needs with its default parameters, as listed in its metadata."""
     import nbformat
 
     return list(nbformat.read(notebook, as_version=4).metadata.get("ftkit", {}).get("assets", []))
 
 
 def check_parameters(notebook: Path, given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Which of the given parameters, ``tier`` among them, differ from their defaults: name to (default, value).
+    """Check parameters and find those that differ from their defaults.
+
+    Args:
+        notebook: path of the notebook.
+        given: parameters, ``tier`` among them.
+
+    Returns:
+        The parameters that differ, as name to (default, value).
 
     Raises:
-        ValueError: an unknown name or, where the notebook has a settings class, a value that can't be.
+        ValueError: a name is unknown or, if the notebook has a settings class, a value is not allowed.
     """
     schema = settings_of(notebook)
     if schema is not None:
         return schema.at(**given).differing()
     known = default_parameters(notebook)
     for name in given:
-        if name not in known:  # papermill would only warn, and run for minutes with the default
-            hint = f": did you mean {nearest(name, known)!r}? {_listed(known)}" if known else ""
-            raise ValueError(f"Notebook {notebook.stem} has no parameter {name!r}{hint}.")
+        if name not in known:  # papermill would only warn, then run for minutes with the default
+            hint = f": {did_you_mean(name, known)} It has {', '.join(known)}" if known else ""
+            raise ValueError(f"The notebook {notebook.stem} has no parameter {name!r}{hint}.")
     if given["tier"] not in TIERS:
-        raise ValueError(f"Unknown tier {given['tier']!r}: did you mean {nearest(given['tier'], TIERS)!r}?")
+        hint = f"{did_you_mean(given['tier'], TIERS)} The tiers are {', '.join(TIERS)}"
+        raise ValueError(f"There is no tier {given['tier']!r}: {hint}.")
     return {name: (known[name], value) for name, value in given.items() if name != "tier" and value != known[name]}
 
 
 def identify(notebook: Path, given: Mapping[str, Any]) -> tuple[dict[str, str], str]:
-    """What a run stands on, and what tells it from other runs.
+    """Compute the digests that tell a run from other runs.
 
     Args:
-        notebook: its path.
-        given: the parameters, ``tier`` among them, checked.
+        notebook: path of the notebook.
+        given: checked parameters, ``tier`` among them.
 
     Returns:
-        Digests of the notebook's code cells (under "notebook") and of the file or folder that a parameter names
-        (under the parameter's name); and one digest of these, the notebook's name and all parameters.
+        digests: digest of the notebook's code cells under "notebook", and of each file or folder that a parameter
+            names, under the parameter's name.
+        identity: one digest of all these, the notebook's name and all parameters.
     """
     schema = settings_of(notebook)
     values = plain(schema.at(**given).model_dump() if schema else given, "parameters")
@@ -152,22 +175,22 @@ def identify(notebook: Path, given: Mapping[str, Any]) -> tuple[dict[str, str], 
 
 
 def parameters_help(notebook: Path) -> str:
-    """The parameters that ``ftkit run`` takes for a notebook, two lines each, as argparse would list them."""
+    """Help text on the parameters of a notebook for ``ftkit run``, two lines per parameter."""
     schema = settings_of(notebook)
     if schema is None:
         listed = {name: [f"default {default}"] for name, default in default_parameters(notebook).items()}
     else:
         listed = {}
-        for parameter in schema.parameters()[1:]:  # the tier is an option
+        for parameter in schema.parameters()[1:]:  # the tier has an option of its own
             kind = ": ".join(filter(None, [parameter.kind, parameter.allowed_units]))
             defaults = [
-                json.dumps(default) if isinstance(default, list) else in_words(default)  # as -p takes it
+                json.dumps(default) if isinstance(default, list) else in_words(default)  # as one gives it to -p
                 for default in parameter.defaults.values()
             ]
             default = defaults[0] if len(set(defaults)) == 1 else " | ".join(defaults)
             listed[parameter.name] = [parameter.help, f"{kind}; default {default}"]
     indent = max(map(len, listed), default=0) + 4
-    text = [f"parameters of {notebook.stem}, given as -p NAME=VALUE (defaults at {' | '.join(TIERS)}):"]
+    text = [f"parameters of {notebook.stem}, set with -p NAME=VALUE (defaults at {' | '.join(TIERS)}):"]
     for name, lines in listed.items():
         for label, line in zip((name, ""), lines, strict=False):
             text.append(f"  {label:<{indent - 2}}{line}")
@@ -175,20 +198,23 @@ def parameters_help(notebook: Path) -> str:
 
 
 def default_parameters(notebook: Path) -> dict[str, Any]:
-    """Names and defaults of the cell tagged `parameters`; a default that is no literal is given as its source text.
+    """Read names and defaults from the cell tagged `parameters`.
+
+    Returns:
+        Defaults by name; one that is not a literal is returned as source text.
 
     Raises:
-        ValueError: the file is no notebook, or its `parameters` cell is no Python.
+        ValueError: the file is not a notebook, or its `parameters` cell is not valid Python.
     """
     import nbformat
 
     try:
         cells = nbformat.read(notebook, as_version=4).cells
         tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-        # parsed here since papermill's own reader gives up on a line whose comment has a "="
+        # not by papermill's own reader, which fails on a line with a "=" in its comment
         statements = ast.parse(tagged[0] if tagged else "").body
     except (ValueError, AttributeError, SyntaxError, nbformat.ValidationError) as error:
-        raise ValueError(f"{notebook.name} can't be read as a notebook: {str(error).splitlines()[0]}.") from error
+        raise ValueError(f"{notebook.name} cannot be read as a notebook: {first_line(error)}.") from error
     defaults = {}
     for statement in statements:
         if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
@@ -201,7 +227,7 @@ def default_parameters(notebook: Path) -> dict[str, Any]:
 
 
 def _new_run(source: Path, given: dict[str, Any], out: Path) -> Run:
-    """Make a folder of its own for the run: its id is unique also among processes that start in the same second."""
+    """Create the run's folder; its id is unique even among processes that start in the same second."""
     changed = check_parameters(source, given)
     digests, identity = identify(source, given)
     started = datetime.now().astimezone()
@@ -211,7 +237,7 @@ def _new_run(source: Path, given: dict[str, Any], out: Path) -> Run:
     while True:
         run_id = first if attempt == 1 else f"{first}-{attempt}"
         try:
-            (out / run_id).mkdir()  # atomic: of several processes one gets it
+            (out / run_id).mkdir()  # atomic: only one of several processes succeeds
         except FileExistsError:
             attempt += 1
         else:
@@ -220,7 +246,7 @@ def _new_run(source: Path, given: dict[str, Any], out: Path) -> Run:
 
 
 def _record(run: Run) -> None:
-    """Read what the notebook saved, and enter the run in the ledger."""
+    """Read the metrics that the notebook saved and append the run to the ledger."""
     written = run.folder / "metrics.json"
     if written.exists():
         record = json.loads(written.read_text(encoding="utf-8"))
@@ -240,7 +266,7 @@ def _record(run: Run) -> None:
         "digests": run.digests,
         "identity": run.identity,
     }
-    results.append_to_ledger(run.folder.parent / results.LEDGER, entry)
+    append_to_ledger(run.folder.parent / LEDGER, entry)
 
 
 @functools.cache
@@ -252,14 +278,14 @@ def _code_digest(notebook: Path, changed_at: int) -> str:
 
 
 def _content_digest(value: Any) -> str | None:
-    """Of the file that a value names, or of the files in the folder; None where it names none."""
+    """Digest of the file, or of the files in the folder, that a value names; None if it names none."""
     if not isinstance(value, str) or not value:
         return None
     try:
         path = Path(value).resolve()
         files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
         return _digest("".join(_file_digest(file, file.stat().st_mtime_ns) for file in files)) if files else None
-    except (OSError, ValueError):  # no path at all, such as a long text
+    except (OSError, ValueError):  # not a path, for example a long text
         return None
 
 
@@ -271,7 +297,3 @@ def _file_digest(file: Path, changed_at: int) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _listed(names: Any) -> str:
-    return "It can be " + ", ".join(names)

@@ -1,4 +1,4 @@
-"""An executed notebook as an HTML report that needs no network."""
+"""Write an executed notebook as an HTML report that needs no network."""
 
 import html
 import re
@@ -14,23 +14,23 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
 from ftkit.lab.machine import describe_machine
-from ftkit.lab.results import results_table
+from ftkit.lab.results import results_table, write_whole
 from ftkit.lab.runs.notebooks import Run
 from ftkit.lab.settings import settings_of
 
-CODE_STYLE = "xcode"  # every colour of it reads well on a light ground
+_CODE_STYLE = "xcode"  # all its colours have enough contrast on a light background
 
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/…])(?:/[\w.+@-]+)+/(?=[\w.+@-])|\b[A-Za-z]:(?:\\[\w.+@ -]+)+\\")
 
 
 def write_report(run: Run) -> Path:
-    """Write ``report.html`` into the folder of a run, failed runs included, and return its path.
+    """Write ``report.html`` into the folder of a run, also of a failed one, and return its path.
 
-    The summary comes first: the error if there is one, results, settings that differ from the notebook's defaults,
-    machine, versions, time and memory. The executed notebook follows, its code folded, its equations as MathML.
+    The report begins with a summary: the error if there is one, results, settings that differ from the defaults,
+    machine, versions, time and memory. Then comes the executed notebook, with folded code and equations as MathML.
     """
     notebook = nbformat.read(run.executed, as_version=4)
-    if run.error:  # what never ran would claim what nothing backs; papermill's own notes of the error go too
+    if run.error:  # drop text on results that do not exist, and the cells that papermill adds about the error
         notebook.cells = [cell for cell in notebook.cells if cell.metadata.get("papermill", {}).get("start_time")]
     body = _body(notebook, folder=run.notebook.parent)
     heading = body.find("h1")
@@ -58,19 +58,23 @@ def write_report(run: Run) -> Path:
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Write a page from one of our templates, whole or not at all; folders of this machine are cut off its texts."""
+    """Write an HTML page from a template, without the names of this machine's folders, and return its path.
+
+    Args:
+        path: file to write.
+        template: name of a template beside this module.
+        values: values for the template.
+    """
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    code_style = HtmlFormatter(style=CODE_STYLE).get_style_defs(".highlight")
+    code_style = HtmlFormatter(style=_CODE_STYLE).get_style_defs(".highlight")
     page = templates.get_template(template).render(code_style=code_style, **values)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(_without_paths(page), encoding="utf-8")
-    return unfinished.replace(path)
+    return write_whole(path, _without_paths(page))
 
 
 def _body(notebook: nbformat.NotebookNode, folder: Path) -> BeautifulSoup:
-    """The cells as HTML that loads nothing. ``folder`` is where images named in Markdown are looked for."""
+    """Convert the cells to HTML that loads nothing; image files in Markdown are relative to ``folder``."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if _is_static(output)]
@@ -96,16 +100,16 @@ def _body(notebook: nbformat.NotebookNode, folder: Path) -> BeautifulSoup:
         table.attrs.pop("border", None)
         for column in zip(*(line.find_all(["td", "th"]) for line in table.select("tr")), strict=False):
             sentences = any(len(cell.get_text()) >= 20 for cell in column if cell.name == "td")
-            for cell in column:  # numbers and names stay on one line and to the right, sentences wrap
+            for cell in column:  # sentences wrap; numbers and names stay on one line, aligned to the right
                 cell["class"] = "sentence" if sentences else "short" if cell.find_parent("tbody") else ""
-        table.wrap(page.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))  # keys scroll it too
+        table.wrap(page.new_tag("div", attrs={"class": "scroll", "tabindex": "0"}))  # for the keyboard, too
     return page
 
 
 def _is_static(output: nbformat.NotebookNode) -> bool:
-    """Whether an output says anything on paper; the text that stands in for a widget doesn't."""
+    """Whether an output shows something without a kernel; removes widgets and scripts from it."""
     if output.output_type == "stream":
-        output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)  # what a progress bar wrote over
+        output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)  # earlier states of a progress bar
         return bool(output.text.strip())
     if output.output_type == "error":
         return True
@@ -116,7 +120,7 @@ def _is_static(output: nbformat.NotebookNode) -> bool:
 
 
 class _Renderer(IPythonRenderer):
-    """Markdown with its equations as MathML, which browsers lay out without a script."""
+    """Markdown renderer that turns equations into MathML, which browsers show without a script."""
 
     def block_math(self, body: str) -> str:
         return _mathml(body, "block")
@@ -129,14 +133,14 @@ class _Renderer(IPythonRenderer):
 
 
 def _mathml(latex: str, display: str) -> str:
-    """An equation as MathML; as its LaTeX source where latex2mathml doesn't understand it."""
-    # three things that it doesn't know, in words that it does
+    """Convert an equation to MathML, or to its LaTeX source as code if latex2mathml fails."""
+    # replace commands that latex2mathml does not know
     known = re.sub(r"\\(begin|end)\{(aligned|align|gathered|split)\}", r"\\\1{align*}", latex.strip())
     known = re.sub(r"\\arg(?![a-z])", r"\\operatorname{arg}", known)
     try:
         mathml = convert(known, display=display).replace("<mi>&#x0007E;</mi>", "<mo>∼</mo>")
         mathml = re.sub(r"(<mi>(?:log|ln|exp)</mi>)(?=<m(?!o))", r'\1<mspace width="0.17em"></mspace>', mathml)
-    except Exception:  # it raises what it likes, IndexError included
+    except Exception:  # latex2mathml raises errors of many types, IndexError included
         mathml = "\\"
     return f"<code>{html.escape(latex.strip())}</code>" if "\\" in mathml else mathml
 
@@ -157,7 +161,7 @@ def _duration(seconds: float) -> str:
 
 
 def _without_paths(page: str) -> str:
-    """Cut the folders off absolute paths in the text of a page (tracebacks, parameters): they may name a person."""
+    """Remove the folders of absolute paths from the text of a page: they may contain a person's name."""
     soup = BeautifulSoup(page, "html.parser")
     known = sorted({str(Path.cwd()), str(Path.home())} - {"/"}, key=len, reverse=True)
     for text in soup.find_all(string=True):

@@ -1,1 +1,1 @@
-"""Recorded studies: declared, run, read."""
+"""Recorded studies: their declaration, recording and reading."""

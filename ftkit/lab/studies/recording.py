@@ -1,4 +1,4 @@
-"""Run what is missing of a study, and record it."""
+"""Run the missing rows of a study and record them."""
 
 import contextlib
 import csv
@@ -12,38 +12,39 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit.errors import StudyError
+from ftkit.errors import StudyError, first_line
 from ftkit.lab.machine import describe_machine, gpu_name
-from ftkit.lab.results import Outcome
+from ftkit.lab.results import Outcome, write_whole
 from ftkit.lab.schema import in_words
-from ftkit.lab.studies.declaration import FOLDER, TEXTS, Declaration, read_declaration
+from ftkit.lab.studies.declaration import STUDIES_FOLDER, TEXT_COLUMNS, Declaration, read_declaration
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
 
 def run_study(
-    name: str, only: Mapping[str, Any] | None = None, progress: bool = True, *, folder: Path = FOLDER
+    name: str, only: Mapping[str, Any] | None = None, progress: bool = True, *, folder: Path = STUDIES_FOLDER
 ) -> Path:
-    """Run what is missing of a study, in this process, and add each run to ``NAME.csv`` as soon as it is over.
+    """Run the missing rows of a study in this process and add each to ``NAME.csv`` as soon as it ends.
 
-    The file is replaced whole, under a lock, so a study can be killed at any moment and gone on with, and several
-    processes can work on it at once: each row is run by one of them. FTKIT_TIER has no say here.
+    The file is replaced as a whole, under a lock. A study can therefore be killed at any moment and continued later,
+    and several processes can share it: each row is run by one of them. The variable FTKIT_TIER is ignored.
 
     Args:
-        name: of the study.
-        only: by parameter that is varied, or ``seed``: the value, or values, that a row must have to be run.
-        progress: show a bar on stderr: the row that runs, how many are left, the time they will take.
-        folder: holds the declaration and the rows.
+        name: name of the study.
+        only: values that a row must have to be run: a value or a list of values by varied parameter, or by ``seed``.
+        progress: show a bar on stderr with the current row, the number of rows left and the remaining time.
+        folder: folder of the declaration and of the recorded rows.
 
     Returns:
-        The path of the CSV.
+        Path of the CSV.
 
     Raises:
-        FileNotFoundError: no such study, or no such notebook.
-        ValueError: a value that can't be, or one in ``only`` that no row has; nothing has run.
-        StudyError: the recorded rows come from other code, or rows failed: each was reported, the others are done.
-        KeyboardInterrupt: after Ctrl-C; the row that was running is not recorded.
+        FileNotFoundError: there is no such study or no such notebook.
+        ValueError: a value is not allowed, or no row has a value in ``only``; nothing has run.
+        StudyError: the recorded rows come from other code, or rows failed. Each failure was reported; the other rows
+            are recorded.
+        KeyboardInterrupt: after Ctrl-C; the current row is not recorded.
     """
     from filelock import Timeout
     from tqdm import tqdm
@@ -51,19 +52,19 @@ def run_study(
     declaration = read_declaration(name, folder)
     chosen = declaration.having(**(only or {}))
     here = describe_machine()
-    about = {key: value for key, value in here.items() if key in TEXTS}
+    about = {key: value for key, value in here.items() if key in TEXT_COLUMNS}
     about["machine"] = ", ".join(filter(None, [about["machine"], gpu_name()]))
     recorded = _same_code(declaration)
     todo = [row for row in chosen if declaration.key(row) not in recorded]
     failed = 0
     with tqdm(total=len(todo), desc=name, unit="row", disable=not progress) as bar:
-        for wait in (False, True):  # last, the rows that another process was at: it may have been killed
+        for wait in (False, True):  # then wait for rows of other processes, one of which may have been killed
             busy = []
             for row in todo:
                 try:
                     with _lock(declaration, declaration.key(row)).acquire(blocking=wait):
                         if declaration.key(row) not in _same_code(declaration):
-                            bar.set_postfix_str(_told(row))
+                            bar.set_postfix_str(_row_label(row))
                             failed += not _attempt(declaration, row, about)
                 except Timeout:
                     busy.append(row)
@@ -71,12 +72,12 @@ def run_study(
                 bar.update()
             todo = busy
     if failed:
-        raise StudyError(f"{failed} rows of {name} failed, as reported above: mend the cause and run it again.")
+        raise StudyError(f"{failed} rows of {name} failed, as reported above: fix the cause and run the study again.")
     return declaration.csv
 
 
 def _attempt(declaration: Declaration, row: Mapping[str, Any], about: Mapping[str, str]) -> bool:
-    """Run a row and record it; or report in one line why it failed, and return False."""
+    """Run and record a row; if it fails, report why in one line and return False."""
     from tqdm import tqdm
 
     try:
@@ -85,18 +86,17 @@ def _attempt(declaration: Declaration, row: Mapping[str, Any], about: Mapping[st
             raise KeyboardInterrupt
         record = _record(row, outcome) | about | {"code": declaration.code}
     except Exception as error:
-        said = str(error).strip().partition("\n")[0]
-        tqdm.write(f"{_told(row)} failed: {type(error).__name__}: {said}", file=sys.stderr)
+        tqdm.write(f"{_row_label(row)} failed: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
         return False
     _append(declaration, record)
     return True
 
 
 def _outcome(declaration: Declaration, row: Mapping[str, Any]) -> Outcome:
-    """Execute the tagged cells with the row's parameters, and train."""
+    """Execute the tagged cells with the row's parameters, then call their ``train``."""
     from IPython.display import display
 
-    first = declaration.base.seed  # as in a notebook that trains with all seeds, one after the other
+    first = declaration.base.seed  # the cells run with the first seed, as in a notebook that trains all seeds in turn
     wanted = declaration.base.changed(**{**row, "seed": first})
     given = {name: getattr(wanted, name) for name in ("tier", "seed", *declaration.fixed, *declaration.varied)}
     namespace: dict[str, Any] = {"__name__": "__main__", "display": display}
@@ -108,21 +108,22 @@ def _outcome(declaration: Declaration, row: Mapping[str, Any]) -> Outcome:
                 if cell.parameters:
                     namespace.update(given)
             if not {"settings", "train"} <= set(namespace):
-                raise StudyError("no cell tagged `study` defines `settings`, or none `train(settings, seed)`")
-            for name, value in given.items():  # rows, say, of which the data has fewer
-                if getattr(namespace["settings"], name) != value:
-                    raise StudyError(f"the notebook made {name}={getattr(namespace['settings'], name)} of {value}")
+                raise StudyError("The cells tagged `study` must define both `settings` and `train(settings, seed)`.")
+            for name, value in given.items():  # for example fewer rows, because the data has no more
+                used = getattr(namespace["settings"], name)
+                if used != value:
+                    raise StudyError(f"The notebook changed {name} from {value} to {used}: declare a value it can use.")
             return namespace["train"](namespace["settings"], row["seed"])
     finally:
-        namespace.clear()  # or its functions, which refer to it, would keep networks and data in memory
+        namespace.clear()  # its functions refer to it and would keep networks and data in memory
         if tier is not None:
             os.environ["FTKIT_TIER"] = tier
 
 
 def _record(row: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
-    """A row of the CSV, as far as the run tells it."""
+    """The columns of a row that come from its run."""
     if outcome.seed != row["seed"]:
-        raise StudyError(f"`train` was given the seed {row['seed']} and returned an outcome of {outcome.seed}")
+        raise StudyError(f"`train` returned an outcome with seed {outcome.seed}: it must use the seed {row['seed']}.")
     scores = {
         f"{split}_{score}": float(value)
         for split, evaluation in outcome.evaluations.items()
@@ -130,7 +131,7 @@ def _record(row: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
     } | {name: float(figure) for name, figure in outcome.figures.items()}
     for name, value in scores.items():
         if not math.isfinite(value):
-            raise StudyError(f"{name} is {value}")
+            raise StudyError(f"{name} is {value}: a record needs finite numbers.")
     history = outcome.history
     return {
         **row,
@@ -144,33 +145,32 @@ def _record(row: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
 
 
 def _append(declaration: Declaration, record: Mapping[str, Any]) -> None:
-    """Put a new file with one more row in the place of the CSV."""
+    """Replace the CSV by one with a further row."""
     with _lock(declaration):
         rows = _same_code(declaration)
         rows.setdefault(declaration.key(record), {name: str(value) for name, value in record.items()})
-        partial = _locks(declaration) / declaration.csv.name
-        with partial.open("w", encoding="utf-8", newline="") as lines:
-            columns = list(dict.fromkeys(itertools.chain(*rows.values())))
-            writer = csv.DictWriter(lines, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows.values())
-        partial.replace(declaration.csv)
+        lines = io.StringIO()
+        columns = list(dict.fromkeys(itertools.chain(*rows.values())))
+        writer = csv.DictWriter(lines, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows.values())
+        write_whole(declaration.csv, lines.getvalue())
 
 
 def _same_code(declaration: Declaration) -> dict[tuple[str, ...], dict[str, str]]:
-    """The recorded rows, all of the code as it is now."""
+    """Read the recorded rows; raises StudyError if some come from other code than the current one."""
     rows = declaration.recorded()
     others = {row.get("code") for row in rows.values()} - {declaration.code}
     if others:
         raise StudyError(
             f"{declaration.csv.name} has rows of other code or fixed parameters ({', '.join(map(str, others))}; now "
-            f"{declaration.code}): move the file away or delete it, and run the study again."
+            f"{declaration.code}): move or delete the file and run the study again."
         )
     return rows
 
 
 def _lock(declaration: Declaration, key: Iterable[str] = ()) -> "FileLock":
-    """The lock of the CSV, or of one row while it runs; the system frees it when a process is killed."""
+    """Lock of the CSV or, with a key, of one row; the system releases it if the process is killed."""
     from filelock import FileLock
 
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
@@ -178,7 +178,7 @@ def _lock(declaration: Declaration, key: Iterable[str] = ()) -> "FileLock":
 
 
 def _locks(declaration: Declaration) -> Path:
-    """Folder for locks and unfinished files; git is told to ignore it, or each row would make the checkout modified."""
+    """Folder for locks; git ignores it, or every row would count as a modification of the checkout."""
     folder = declaration.folder / ".locks"
     folder.mkdir(exist_ok=True)
     ignore = folder / ".gitignore"
@@ -187,5 +187,5 @@ def _locks(declaration: Declaration) -> Path:
     return folder
 
 
-def _told(row: Mapping[str, Any]) -> str:
+def _row_label(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={in_words(value)}" for name, value in row.items())

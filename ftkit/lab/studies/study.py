@@ -1,12 +1,12 @@
-"""A recorded study, read for a lesson."""
+"""Read a recorded study in a lesson."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit.errors import StudyError, nearest
+from ftkit.errors import StudyError, did_you_mean
 from ftkit.lab.schema import NotebookSettings
-from ftkit.lab.studies.declaration import FOLDER, TEXTS, Declaration, read_declaration, several
+from ftkit.lab.studies.declaration import STUDIES_FOLDER, TEXT_COLUMNS, Declaration, read_declaration, several
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Study:
-    """A recorded study, for a notebook to show.
+    """A recorded study.
 
     Attributes:
-        declaration: what was to be run.
-        rows: what was recorded, in the order of the declaration: varied parameters, ``seed``, scores by split
-            (``test_accuracy``), cost, machine, versions, git revision.
+        declaration: its declaration.
+        rows: recorded runs in the order of the declaration, with the columns varied parameters, ``seed``, scores by
+            split (such as ``test_accuracy``), cost, machine, versions and git revision.
     """
 
     declaration: Declaration
@@ -27,17 +27,17 @@ class Study:
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """The parameters that have one value in the whole study."""
+        """Parameters with the same value in the whole study."""
         return {name: value for name, value in self.declaration.fixed.items() if name not in self.declaration.varied}
 
     def of(self, **values: Any) -> "pd.DataFrame":
-        """The rows with these values of varied parameters (or seeds), and the fixed or default value of the others.
+        """Select rows; varied parameters that are not named keep their fixed or default value.
 
         Args:
-            values: a value, or a list of values, by parameter.
+            values: a value or a list of values by varied parameter, or by ``seed``; by default all seeds.
 
         Raises:
-            ValueError: the study varies no such parameter, or declares no row with the value.
+            ValueError: the study does not vary such a parameter, or declares no row with the value.
         """
         self.declaration.having(**values)
         rows = self.rows
@@ -46,26 +46,27 @@ class Study:
         return rows
 
     def summary(self, by: str = "rows", score: str = "test_accuracy", **where: Any) -> "pd.DataFrame":
-        """A score by the values of one parameter, over the seeds; the others as for ``of``.
+        """Summarise a score over the seeds, for each value of one parameter.
 
-        All runs are scored on the same test rows, so both intervals speak of the seeds (drawn rows, new weights,
-        order) only, not of another draw of test rows. They take the scores for normally distributed.
+        All runs are scored on the same test rows. The intervals therefore cover the variation between seeds (drawn
+        rows, new weights, order) but not that of another sample of test rows. They assume a normal distribution.
 
         Args:
-            by: a varied parameter.
+            by: name of a varied parameter.
             score: a column of ``rows``.
-            where: values of other varied parameters.
+            where: values of other varied parameters, as for ``of``.
 
         Returns:
-            By value: mean, low, high, run_low, run_high, as in ``over_runs``; seeds, how many.
+            A row per value of the parameter, with the columns mean, low, high, run_low, run_high (see ``over_runs``)
+            and seeds, the number of seeds.
 
         Raises:
-            ValueError: no such parameter, value or score.
+            ValueError: there is no such parameter, value or score.
         """
         import pandas as pd
 
         if score not in self.rows:
-            raise ValueError(f"The study has no score {score!r}: did you mean {nearest(score, self.rows.columns)!r}?")
+            raise ValueError(f"The study has no score {score!r}: {did_you_mean(score, self.rows.columns)}")
         self.declaration.having(**{by: []})
         rows = self.of(**where, **{by: list({row[by] for row in self.declaration.rows})})
         groups = rows.groupby(by)[score]
@@ -73,12 +74,16 @@ class Study:
         return table.assign(seeds=groups.count()).rename_axis(index=by, columns=score)
 
     def near_best(self, by: str, score: str, **where: Any) -> list[Any]:
-        """The value of a parameter with the highest mean score, then those that can't be told from it.
+        """Find the value of a parameter with the highest mean score and those that are not clearly worse.
 
-        Told from it is a value whose difference from it, seed by seed, has a 95 % t interval above 0.
+        A value is clearly worse if the 95 % t interval of the differences to the best value, paired by seed, lies
+        above 0.
 
         Args:
             by, score, where: as for ``summary``.
+
+        Returns:
+            The best value, then the others.
         """
         means = self.summary(by, score, **where)["mean"]
         rows = self.of(**where, **{by: list(means.index)})
@@ -89,15 +94,20 @@ class Study:
 
     @property
     def origin(self) -> str:
-        """Where the record comes from, in one line: how many runs, how long, on what."""
+        """Origin of the record in one line: number of runs, minutes, machine, versions, git revision."""
         rows = self.rows
-        told = [", ".join(dict.fromkeys(rows[column])) for column in ("machine", "versions", "revision")]
-        return f"{len(rows)} runs, {rows['seconds'].sum() / 60:.0f} minutes of training; " + "; ".join(told)
+        texts = [", ".join(dict.fromkeys(rows[column])) for column in ("machine", "versions", "revision")]
+        return f"{len(rows)} runs, {rows['seconds'].sum() / 60:.0f} minutes of training; " + "; ".join(texts)
 
     def differing(self, settings: NotebookSettings, by: str) -> list[str]:
-        """Names of the parameters, ``by`` apart, in which settings differ from the study: none, and it applies.
+        """Find the parameters in which settings differ from the study; it applies to them if there are none.
 
-        Compared are the parameters that the study pins or varies, and those that are None in it (TOML can't say so).
+        Compared are the parameters that the study fixes or varies, and those that are None in it, because TOML cannot
+        express None.
+
+        Args:
+            settings: settings to compare.
+            by: name of a parameter to leave out.
         """
         ours = self.declaration.base.model_dump()
         compared = {*self.declaration.fixed, *self.declaration.varied, *(name for name in ours if ours[name] is None)}
@@ -105,14 +115,14 @@ class Study:
 
 
 def over_runs(values: "pd.Series") -> "pd.Series":
-    """A score over runs with several seeds, or the difference of two methods seed by seed.
+    """Summarise a score over several seeds, or the differences of two methods paired by seed.
 
     Args:
-        values: one a run, shape (seeds,), taken for normally distributed.
+        values: one per run, shape (seeds,), assumed to be normally distributed.
 
     Returns:
-        mean; low and high, the 95 % t interval of the mean; run_low and run_high, the 95 % prediction interval of one
-        further run. The intervals are NaN where there is one run.
+        mean; low and high, the 95 % t interval of the mean; run_low and run_high, the 95 % prediction interval for one
+        further run. The intervals are NaN if there is only one run.
     """
     import pandas as pd
     from scipy.stats import t
@@ -124,12 +134,16 @@ def over_runs(values: "pd.Series") -> "pd.Series":
     return pd.Series({"mean": mean, **ends})
 
 
-def load_study(name: str, folder: Path = FOLDER) -> Study:
-    """Read what was recorded of a study; prints one sentence if declared rows are missing.
+def load_study(name: str, folder: Path = STUDIES_FOLDER) -> Study:
+    """Read the recorded rows of a study; prints one sentence if declared rows are missing.
+
+    Args:
+        name: name of the study.
+        folder: folder of the declaration and of the recorded rows.
 
     Raises:
-        FileNotFoundError: no such study.
-        StudyError: nothing is recorded yet.
+        FileNotFoundError: there is no such study.
+        StudyError: no row is recorded yet.
     """
     import pandas as pd
 
@@ -137,10 +151,10 @@ def load_study(name: str, folder: Path = FOLDER) -> Study:
     recorded = declaration.recorded()
     rows = [row for row in declaration.rows if declaration.key(row) in recorded]
     if not rows:
-        raise StudyError(f"Nothing is recorded of the study {name}: run `ftkit study {name}`.")
+        raise StudyError(f"The study {name} has no recorded rows yet: run `ftkit study {name}`.")
     if len(rows) < len(declaration.rows):
-        print(f"{name}: {len(rows)} of {len(declaration.rows)} runs recorded; `ftkit study {name}` runs the others.")
-    table = pd.DataFrame([recorded[declaration.key(row)] | row for row in rows])  # parameters typed, as declared
-    numbers = [column for column in table if column not in {*rows[0], *TEXTS}]
+        print(f"{name}: {len(rows)} of {len(declaration.rows)} runs recorded; `ftkit study {name}` runs the rest.")
+    table = pd.DataFrame([recorded[declaration.key(row)] | row for row in rows])  # parameters with their types
+    numbers = [column for column in table if column not in {*rows[0], *TEXT_COLUMNS}]
     table[numbers] = table[numbers].apply(pd.to_numeric)
     return Study(declaration, table)

@@ -1,4 +1,4 @@
-"""A widget for each setting."""
+"""The controls of a panel: one widget per setting."""
 
 import html
 import math
@@ -8,21 +8,21 @@ import ipywidgets
 
 from ftkit.lab.schema import NotebookSettings, Parameter, in_words
 
-WIDEST_SLIDER = 100  # whole numbers on a slider; more of them are typed
+_WIDEST_SLIDER = 100  # for a wider range of whole numbers the reader types the value
 
-ROUND = (1, 1.5, 2, 3, 5, 7)  # of each power of ten on a logarithmic slider
+_ROUND_NUMBERS = (1, 1.5, 2, 3, 5, 7)  # times each power of ten, the positions of a logarithmic slider
 
 
 class Control:
     """The control of one setting.
 
-    Attributes:
-        widget: what the reader turns.
-
     Args:
         parameter: the setting.
-        value: that it starts with.
+        value: its value at the start.
         label_width: CSS width of its label.
+
+    Attributes:
+        widget: what the reader sees and changes.
     """
 
     def __init__(self, parameter: Parameter, value: Any, label_width: str) -> None:
@@ -32,17 +32,17 @@ class Control:
 
     @property
     def value(self) -> Any:
-        """What is set; not yet checked where it is typed as text."""
+        """The chosen value; text that the reader typed is not checked yet."""
         shown, parameter = self.widget.value, self.parameter
         if shown == self._untouched:
-            return self._start  # as it was, also where the text of it would say less
+            return self._start  # exactly, even if the text in the widget loses digits or the type
         if isinstance(self.widget, ipywidgets.Text):
             items = [item.strip() for item in shown.split(",") if item.strip()]
             return items if parameter.kind == "list" else shown.strip() or None
         return shown
 
     def reset(self) -> None:
-        """Back to the start."""
+        """Set the value back to that at the start."""
         self.widget.value = self._untouched
 
     def _make(self, value: Any, label_width: str) -> ipywidgets.ValueWidget:
@@ -62,22 +62,22 @@ class Control:
             text = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
             return ipywidgets.Text(text, **shared)
         if parameter.kind == "int":
-            kind = ipywidgets.IntSlider if high - low <= WIDEST_SLIDER else ipywidgets.BoundedIntText
+            kind = ipywidgets.IntSlider if high - low <= _WIDEST_SLIDER else ipywidgets.BoundedIntText
             return kind(value, min=low, max=high, **shared)
-        # a slider of numbers moves to its nearest step as soon as a browser draws it: 0.07 would become 0.063
-        places = [(in_words(place), place) for place in _places(parameter, value)]
-        return ipywidgets.SelectionSlider(options=places, value=value, **shared)
+        # a FloatSlider moves to its nearest step as soon as a browser draws it: 0.07 would become 0.063
+        options = [(in_words(position), position) for position in _positions(parameter, value)]
+        return ipywidgets.SelectionSlider(options=options, value=value, **shared)
 
 
 def make_controls(settings: NotebookSettings) -> dict[str, Control]:
-    """The controls of a notebook's panel by name, in the order of its ``PANEL``."""
+    """Make the controls of a notebook's panel, by name and in the order of its ``PANEL``."""
     width = f"{max(map(len, settings.PANEL))}ch"
     parameters = {parameter.name: parameter for parameter in settings.parameters()}
     return {name: Control(parameters[name], getattr(settings, name), width) for name in settings.PANEL}
 
 
 class StaticPanel:
-    """A panel where nobody is there to use it: its controls as a table."""
+    """The settings of a panel as a table, for notebooks that are executed with nobody to use the panel."""
 
     def __init__(self, settings: NotebookSettings) -> None:
         parameters = {parameter.name: parameter for parameter in settings.parameters()}
@@ -97,22 +97,23 @@ class StaticPanel:
             for name, *cells in self._rows
         )
         heads = "".join(
-            f'<th scope="col" style="text-align: left">{head}</th>' for head in ("setting", "value", "can be", "is")
+            f'<th scope="col" style="text-align: left">{head}</th>'
+            for head in ("setting", "value", "allowed", "meaning")
         )
         return (
-            '<table class="ftkit-controls"><caption style="text-align: left">The control panel, as an image: '
-            "run this cell in JupyterLab to turn these and press Train.</caption>"
+            '<table class="ftkit-controls"><caption style="text-align: left">Static preview of the control panel: '
+            "run this cell in JupyterLab to change the settings and press Train.</caption>"
             f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
         )
 
 
-def _places(parameter: Parameter, start: float) -> list[float]:
-    """What a slider can be set to: round values within the bounds, the bounds, and the start with all its digits."""
+def _positions(parameter: Parameter, start: float) -> list[float]:
+    """Positions of a slider: the bounds, round numbers between them, and the start value with all its digits."""
     low, high = parameter.low, parameter.high
     if parameter.log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-        inner = [float(f"{digits}e{power}") for power in powers for digits in ROUND]
+        inner = [float(f"{digits}e{power}") for power in powers for digits in _ROUND_NUMBERS]
     else:
-        decimals = max(0, -math.floor(math.log10((high - low) / 20)))  # at least 20 places
+        decimals = max(0, -math.floor(math.log10((high - low) / 20)))  # at least 20 positions
         inner = [round(low + i / 10**decimals, decimals) for i in range(int((high - low) * 10**decimals) + 1)]
-    return sorted({low, high, start, *(place for place in inner if low < place < high)})
+    return sorted({low, high, start, *(position for position in inner if low < position < high)})

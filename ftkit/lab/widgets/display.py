@@ -1,4 +1,4 @@
-"""What widgets share: whether a person is there, and a static preview where nobody is."""
+"""Helpers that all widgets share: detect a reader, show a static preview if there is none, work in a thread."""
 
 import html
 import threading
@@ -7,23 +7,28 @@ from collections.abc import Callable
 from IPython import get_ipython
 from ipywidgets import HTML, Button
 
+from ftkit.errors import first_line
+
 
 def somebody_is_there() -> bool:
-    """Whether the running cell was sent by a person: tools that execute notebooks allow no ``input()``."""
+    """Whether a person runs the current cell: tools that execute notebooks do not allow ``input()``, frontends do."""
     kernel = getattr(get_ipython(), "kernel", None)
     request = kernel.get_parent() if kernel else {}
     return request.get("content", {}).get("allow_stdin", False)
 
 
 def in_one_line(problem: Exception) -> str:
-    """What is said of an error: ours are sentences, of others the kind matters too."""
-    lines = str(problem).splitlines() or [""]
-    kind = "" if isinstance(problem, ValueError | RuntimeError) and lines[0] else type(problem).__name__
-    return ": ".join(filter(None, [kind, lines[0]]))
+    """First line of an error message, after its type unless it is a ValueError or RuntimeError (as the kit raises)."""
+    line, kind = first_line(problem), type(problem).__name__
+    return line if isinstance(problem, ValueError | RuntimeError) or line == kind else f"{kind}: {line}"
 
 
 class StaticPreview:
-    """What a widget shows, where nobody is there to use it."""
+    """HTML in place of a widget, for notebooks that are executed with nobody to use it.
+
+    Args:
+        shown: HTML that the widget would show.
+    """
 
     def __init__(self, shown: str) -> None:
         self._shown = shown
@@ -32,11 +37,18 @@ class StaticPreview:
         return "[a widget: run this cell in JupyterLab to use it]"
 
     def _repr_html_(self) -> str:
-        return f"<p><em>An image: run this cell in JupyterLab to use it.</em></p>{self._shown}"
+        return f"<p><em>Static preview: run this cell in JupyterLab to use it.</em></p>{self._shown}"
 
 
 def in_thread(button: Button, status: HTML, work: Callable[[], None], after: Callable[[], None]) -> threading.Thread:
-    """Do some work in a thread, the button disabled meanwhile; what goes wrong is said in the status."""
+    """Run a function in a thread, with the button disabled meanwhile; the status shows an error if there is one.
+
+    Args:
+        button: the button that started the work.
+        status: widget for messages.
+        work: the function to run.
+        after: called in the thread when the work has ended, after an error too.
+    """
 
     def run() -> None:
         try:
@@ -49,11 +61,12 @@ def in_thread(button: Button, status: HTML, work: Callable[[], None], after: Cal
             after()
 
     button.disabled = True
-    status.value = said("at work …")
+    status.value = said("working …")
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread
 
 
 def said(text: str) -> str:
+    """Status text as HTML that screen readers read out."""
     return f'<span role="status">{html.escape(text)}</span>'

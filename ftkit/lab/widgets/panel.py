@@ -1,4 +1,4 @@
-"""The control panel of a notebook: turn a setting, press Train, watch the curve, compare the runs."""
+"""The control panel of a notebook: change a setting, press Train, watch the curve, compare the runs."""
 
 import html
 import threading
@@ -14,9 +14,16 @@ from IPython import get_ipython
 from ipywidgets import HTML, Button, Dropdown, HBox, VBox
 
 from ftkit.errors import SettingsError
-from ftkit.lab import results
 from ftkit.lab.machine import release_threads
-from ftkit.lab.results import Outcome, mean_figures, method_entry, results_table, runs_folder
+from ftkit.lab.results import (
+    LEDGER,
+    Outcome,
+    append_to_ledger,
+    mean_figures,
+    method_entry,
+    results_table,
+    runs_folder,
+)
 from ftkit.lab.schema import NotebookSettings, in_words
 from ftkit.lab.widgets.controls import StaticPanel, make_controls
 from ftkit.lab.widgets.display import in_one_line, somebody_is_there
@@ -25,7 +32,7 @@ from ftkit.metrics import Evaluation, compare
 from ftkit.training.callbacks import Callback
 from ftkit.training.monitor import Meter
 
-STYLE = """<style>
+_STYLE = """<style>
 .ftkit-runs { border-collapse: collapse; width: 100%; line-height: 1.4; }
 .ftkit-runs th, .ftkit-runs td { padding: 0.3em 0.6em; text-align: right; border-bottom: 1px solid #8886; }
 .ftkit-runs :is(th, td):is(:nth-child(2), :last-child) { text-align: left; min-width: 8em; }
@@ -34,14 +41,14 @@ STYLE = """<style>
 
 @dataclass(frozen=True)
 class PanelRun:
-    """A run of a panel that has scores.
+    """A run of a panel, with the results of at least one seed.
 
     Attributes:
-        number: in the table, from 1.
-        settings: that it was made with.
-        outcomes: one for each seed that was trained, at least one.
-        total_steps: that the last of these seeds was to take.
-        error: why it ended, if it failed.
+        number: its number in the table, from 1.
+        settings: its settings.
+        outcomes: results, one per trained seed.
+        total_steps: steps planned for the last of these seeds.
+        error: error message if the run failed, else None.
     """
 
     number: int
@@ -52,17 +59,17 @@ class PanelRun:
 
     @property
     def split(self) -> str:
-        """That it is scored on: the first one."""
+        """The split it is scored on: the first one of its outcomes."""
         return next(iter(self.outcomes[0].evaluations))
 
     @property
     def evaluations(self) -> list[Evaluation]:
-        """On that split, one a seed."""
+        """Results on that split, one per seed."""
         return [outcome.evaluations[self.split] for outcome in self.outcomes]
 
     @cached_property
     def entry(self) -> dict[str, Any]:
-        """As in metrics.json."""
+        """The run's entry as in metrics.json."""
         histories = [outcome.history for outcome in self.outcomes]
         seeds = [outcome.seed for outcome in self.outcomes]
         weights = histories[0].trainable_parameters
@@ -71,7 +78,7 @@ class PanelRun:
 
     @property
     def ended(self) -> str:
-        """finished, stopped or failed, and where."""
+        """How the run ended: "finished", or "stopped" or "failed" and where."""
         last, done, asked = self.outcomes[-1].history, len(self.outcomes), len(seeds_of(self.settings))
         seeds = f" after {done} of {asked} seeds" if done < asked else ""
         if self.error:
@@ -82,53 +89,55 @@ class PanelRun:
             )
         return f"stopped{seeds}" if seeds else "finished"
 
-    def told(self, names: Sequence[str]) -> str:
-        """Some of its settings in words."""
+    def describe(self, names: Sequence[str]) -> str:
+        """Names and values of some of its settings as text."""
         return ", ".join(f"{name} {in_words(getattr(self.settings, name))}" for name in names)
 
 
 def seeds_of(settings: NotebookSettings) -> list[int]:
-    """That a run of these settings trains; one, 0, where the notebook has none to set."""
+    """Seeds that a run with these settings uses; ``[0]`` if the notebook has no seed setting."""
     return getattr(settings, "seeds", [0])
 
 
 def varied(runs: Sequence[PanelRun], start: NotebookSettings) -> list[str]:
-    """Names of the panel's settings in which some run differs from the start."""
+    """Names of the panel's settings in which at least one run differs from the start."""
     return [name for name in start.PANEL if any(getattr(r.settings, name) != getattr(start, name) for r in runs)]
 
 
 def table_html(runs: Sequence[PanelRun], start: NotebookSettings) -> str:
-    """A row a run, with the settings in which any of them differs from the start."""
+    """Table of the runs as HTML: one row per run, with the settings in which any run differs from the start."""
     if not runs:
         return "<div>No run yet: press Train.</div>"
     names = varied(runs, start)
     table = results_table({str(run.number): run.entry for run in runs})
     splits = ", ".join(dict.fromkeys(run.split for run in runs))
-    table = table.rename(columns={"accuracy": f"accuracy on {splits}", "seconds": "seconds a seed"})
-    table.insert(0, "settings", [run.told(names) or "as given" for run in runs])
+    table = table.rename(columns={"accuracy": f"accuracy on {splits}", "seconds": "seconds per seed"})
+    table.insert(0, "settings", [run.describe(names) or "as at the start" for run in runs])
     for name in dict.fromkeys(figure for run in runs for figure in mean_figures(run.outcomes)):
         values = [mean_figures(run.outcomes).get(name) for run in runs]
         table[name.replace("_", " ")] = ["–" if value is None else f"{value:.3f}" for value in values]
     table["ended"] = [run.ended for run in runs]
-    return STYLE + table.rename_axis(columns="run").to_html(classes="ftkit-runs", border=0, justify="unset")
+    return _STYLE + table.rename_axis(columns="run").to_html(classes="ftkit-runs", border=0, justify="unset")
 
 
 def comparison_html(first: PanelRun, second: PanelRun) -> str:
-    """In which of the panel's settings two runs differ, and what the paired comparison of their scores says."""
+    """Comparison of two runs as HTML: the settings in which they differ and the paired comparison of their scores."""
     if first is second:
         return "<div>Choose two different runs.</div>"
     names = [name for name in first.settings.PANEL if getattr(first.settings, name) != getattr(second.settings, name)]
     a, b = f"run {first.number}", f"run {second.number}"
-    differ = f"R{a[1:]} has {first.told(names)}; {b} has {second.told(names)}." if names else "No setting differs."
+    differ = (
+        f"R{a[1:]} has {first.describe(names)}; {b} has {second.describe(names)}." if names else "No setting differs."
+    )
     return "".join(f"<div>{html.escape(text)}</div>" for text in (differ, _verdict(first, second, a, b)))
 
 
 def _verdict(first: PanelRun, second: PanelRun, a: str, b: str) -> str:
     ours, theirs = first.evaluations, second.evaluations
     if first.split != second.split or not np.array_equal(ours[0].labels, theirs[0].labels):
-        return f"Their scores can't be paired: {a} and {b} were scored on different rows."
+        return f"Their scores cannot be paired: {a} and {b} were scored on different rows."
     if len(ours) != len(theirs):
-        return f"Their scores can't be paired: the number of seeds is {len(ours)} in {a} and {len(theirs)} in {b}."
+        return f"Their scores cannot be paired: the number of seeds is {len(ours)} in {a} and {len(theirs)} in {b}."
     paired = compare([evaluation.correct for evaluation in ours], [evaluation.correct for evaluation in theirs])
     low, high = paired.ci95
     return (
@@ -137,44 +146,44 @@ def _verdict(first: PanelRun, second: PanelRun, a: str, b: str) -> str:
     )
 
 
-Train = Callable[[Any, int, Sequence[Callback]], Outcome]
+_Train = Callable[[Any, int, Sequence[Callback]], Outcome]
 
 
-def panel(settings: NotebookSettings, train: Train) -> "Panel | StaticPanel":
-    """The control panel, as the last expression of a cell; where nobody is there to use it, its image.
+def panel(settings: NotebookSettings, train: _Train) -> "Panel | StaticPanel":
+    """Show the control panel; use it as the last expression of a cell.
 
-    While a run goes on, leave the cells alone that train or draw random numbers: ``fit`` uses the global random
-    generators, so that either would disturb the other.
+    If nobody is there to use it, a static preview takes its place. While a run trains, do not run cells that train or
+    draw random numbers: ``fit`` uses the global random generators, so both would get other numbers.
 
     Args:
-        settings: what the controls start with; its ``PANEL`` names those that get one.
-        train: called as ``train(settings, seed, callbacks)`` for each seed in turn; gives the outcome of one run,
-            which it makes with ``fit(…, callbacks=callbacks)``.
+        settings: values at the start; its ``PANEL`` names the settings that get a control.
+        train: function called as ``train(settings, seed, callbacks)`` for one seed after the other. It trains with
+            ``fit(…, callbacks=callbacks)`` and returns the outcome.
     """
     return Panel(settings, train) if somebody_is_there() else StaticPanel(settings)
 
 
 class Panel:
-    """Controls, buttons, live curve, table of runs and their comparison; see ``panel``.
+    """Widget with controls, buttons, live curve, table of runs and their comparison; see ``panel``.
 
-    A run trains in a thread of its own, one run at a time in all panels, so that the kernel stays free.
+    A run trains in a thread, so that the kernel stays free; only one panel at a time can train.
 
     Attributes:
-        controls: by name of the setting.
-        runs: that joined the table.
-        thread: of the last run.
+        controls: controls by name of the setting.
+        runs: the runs in the table.
+        thread: thread of the last run.
     """
 
-    _training: ClassVar["Panel | None"] = None  # fit can't be run twice at once: its random generators are global
+    _training: ClassVar["Panel | None"] = None  # two runs of `fit` at once would share the global random generators
 
-    def __init__(self, settings: NotebookSettings, train: Train) -> None:
+    def __init__(self, settings: NotebookSettings, train: _Train) -> None:
         self.settings, self.train = settings, train
         self.controls = make_controls(settings)
         self.runs: list[PanelRun] = []
         self.thread: threading.Thread | None = None
         self.train_button = Button(description="Train", button_style="primary", tooltip="train with these settings")
-        self.stop_button = Button(description="Stop", disabled=True, tooltip="end after this step and keep the run")
-        self.reset_button = Button(description="Reset", tooltip="back to the settings at the start")
+        self.stop_button = Button(description="Stop", disabled=True, tooltip="end the run after this step and keep it")
+        self.reset_button = Button(description="Reset", tooltip="return to the settings at the start")
         self.train_button.on_click(self._start)
         self.stop_button.on_click(self._stop)
         self.reset_button.on_click(self._reset)
@@ -192,7 +201,7 @@ class Panel:
         buttons = HBox([self.train_button, self.stop_button, self.reset_button])
         right = VBox([buttons, self.curve.status, self.curve.image], layout={"width": "500px", "flex": "1 1 auto"})
         self._box = VBox([HBox([left, right], layout={"flex_flow": "row wrap"}), self.table, self._pair])
-        if get_ipython() is not None:  # the thread that runs the cells may be another than that of a click
+        if get_ipython() is not None:  # after each cell, in its own thread, which may not be that of a click
             get_ipython().events.register("post_run_cell", _release_threads)
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
@@ -200,7 +209,7 @@ class Panel:
 
     def _start(self, _: Button) -> None:
         if Panel._training is not None:
-            self.curve.say("Another panel is training: press Stop to end its run, or wait for it.", "alert")
+            self.curve.say("Another panel is training: press Stop to end its run, or wait until it ends.", "alert")
             self.stop_button.disabled = False
             return
         try:
@@ -216,7 +225,7 @@ class Panel:
 
     def _stop(self, _: Button) -> None:
         self.stop_button.disabled = True
-        training = Panel._training  # its thread may end at any moment
+        training = Panel._training  # read once: the thread may end at any moment
         if training is not None:
             training.curve.stop.set()
 
@@ -225,13 +234,13 @@ class Panel:
             control.reset()
 
     def _run(self, chosen: NotebookSettings) -> None:
-        """A whole run, in its thread; what goes wrong is said in the panel."""
+        """Train all seeds, in a thread; the panel shows an error if there is one."""
         started = datetime.now().astimezone()
         try:
             with Meter() as cost:
                 outcomes, error = self._train_seeds(chosen)
             if outcomes:
-                self._join(PanelRun(len(self.runs) + 1, chosen, outcomes, self.curve.total_steps, error))
+                self._add(PanelRun(len(self.runs) + 1, chosen, outcomes, self.curve.total_steps, error))
             if outcomes or error:
                 self._record(chosen, started, cost, self.runs[-1] if outcomes else None, error)
             if error:
@@ -239,7 +248,7 @@ class Panel:
             elif outcomes:
                 self.curve.say(f"Run {len(self.runs)} {self.runs[-1].ended}.", "status")
             else:
-                self.curve.say("Stopped before the first step: there is nothing to keep.", "status")
+                self.curve.say("Stopped before the first step: there is no result to keep.", "status")
         except Exception as problem:
             self.curve.say(in_one_line(problem), "alert")
         finally:
@@ -247,7 +256,7 @@ class Panel:
             self.train_button.disabled, self.stop_button.disabled = False, True
 
     def _train_seeds(self, chosen: NotebookSettings) -> tuple[list[Outcome], str | None]:
-        """The outcomes there are, and the error that ended the run if one did."""
+        """Train one seed after the other; returns their outcomes and the error that ended the run, if any."""
         outcomes: list[Outcome] = []
         for seed in seeds_of(chosen):
             if self.curve.stop.is_set():
@@ -259,17 +268,17 @@ class Panel:
                 return outcomes, in_one_line(problem)
             finally:
                 self.curve.end_seed()
-            if outcome.history.steps or not self.curve.stop.is_set():  # else it is untrained
+            if outcome.history.steps or not self.curve.stop.is_set():  # stopped before the first step: untrained
                 outcomes.append(outcome)
         return outcomes, None
 
-    def _join(self, run: PanelRun) -> None:
-        """Put a run into the table, and beside the one that was chosen to compare with."""
+    def _add(self, run: PanelRun) -> None:
+        """Add a run to the table and compare it with the reference run that the reader chose."""
         table = table_html([*self.runs, run], self.settings)
         self.runs.append(run)
         self.table.value = table
         names = varied(self.runs, self.settings)
-        options = [(f"{run.number}: {run.told(names) or 'as given'}", i) for i, run in enumerate(self.runs)]
+        options = [(f"{run.number}: {run.describe(names) or 'as at the start'}", i) for i, run in enumerate(self.runs)]
         reference = self.second.value or 0
         self.first.options = self.second.options = options
         self.first.value, self.second.value = len(self.runs) - 1, reference
@@ -282,7 +291,7 @@ class Panel:
     def _record(
         self, chosen: NotebookSettings, started: datetime, cost: Meter, run: PanelRun | None, error: str | None
     ) -> None:
-        """A line in the ledger."""
+        """Append the run to the ledger."""
         entry = {
             "id": uuid.uuid4().hex,
             "source": "panel",
@@ -297,9 +306,9 @@ class Panel:
             "error": error,
             "ended": "failed" if error else run.ended.split()[0],
         }
-        results.append_to_ledger(runs_folder() / results.LEDGER, entry)
+        append_to_ledger(runs_folder() / LEDGER, entry)
 
 
 def _release_threads(result: Any) -> None:
-    """After each cell: what it left waiting would slow the panel's training."""
+    """End idle threads after each cell: they would slow down the panel's training."""
     release_threads()

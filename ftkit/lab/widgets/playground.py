@@ -1,4 +1,4 @@
-"""Two widgets around a language model: a chat box, and a playground for prompts."""
+"""Two widgets for language models: a chat box and a playground for prompts."""
 
 import html
 import threading
@@ -15,18 +15,19 @@ from ftkit.prompting.few_shot import balanced_examples
 from ftkit.prompting.scoring import score, to_evaluation
 from ftkit.prompting.templates import Row, Template, Verbalizer, encode_prompts
 
-WIDE = {"width": "auto"}
+_WIDE = {"width": "auto"}
 
 
 def chat_box(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, opening: str, max_new_tokens: int = 80
 ) -> "ChatBox | StaticPreview":
-    """A conversation with a language model that was tuned to have one, as the last expression of a cell.
+    """Chat with a language model that was tuned for it; use it as the last expression of a cell.
 
     Args:
-        model, tokenizer: as ``load_language_model`` gives them; the tokenizer has a chat template.
-        opening: what stands in the box at the start; where nobody is there, its most probable answer is shown.
-        max_new_tokens: of an answer, at most.
+        model, tokenizer: as returned by ``load_language_model``; the tokenizer needs a chat template.
+        opening: text in the box at the start. If nobody is there to use the widget, a static preview shows the greedy
+            answer to it.
+        max_new_tokens: maximum length of an answer in tokens.
     """
     box = ChatBox(model, tokenizer, opening, max_new_tokens)
     if somebody_is_there():
@@ -37,12 +38,14 @@ def chat_box(
 
 
 class ChatBox:
-    """Text box, temperature, and the turns so far; see ``chat_box``. An answer is streamed from a thread of its own.
+    """Widget with a text box, the temperature and the conversation so far; see ``chat_box``.
+
+    A thread streams each answer.
 
     Attributes:
         message, temperature, conversation, status: widgets.
-        turns: {"role": …, "content": …}.
-        thread: of the last answer.
+        turns: messages so far, each ``{"role": …, "content": …}``.
+        thread: thread of the last answer.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class ChatBox:
         self.thread: threading.Thread | None = None
         self._stopped = threading.Event()
         style = {"description_width": f"{len('temperature')}ch"}
-        self.message = Textarea(opening, description="you", style=style, layout=WIDE)
+        self.message = Textarea(opening, description="you", style=style, layout=_WIDE)
         self.temperature = _slider(FloatSlider, "temperature", 0.7, 0, 2, step=0.1, style=style)
         self.conversation, self.status = HTML(), HTML()
         self.send_button = Button(description="Send", button_style="primary")
@@ -69,7 +72,7 @@ class ChatBox:
         return self._box._repr_mimebundle_(**options)
 
     def reply(self) -> None:
-        """Put what is in the box into the conversation, and the model's answer after it."""
+        """Move the text in the box into the conversation and add the model's answer."""
         asked = {"role": "user", "content": self.message.value}
         pieces = generate(
             self.model,
@@ -79,7 +82,7 @@ class ChatBox:
             temperature=self.temperature.value,
             seed=len(self.turns),
         )
-        self.message.value = ""  # only now that it is not refused
+        self.message.value = ""  # only here: a message that `generate` refuses stays in the box
         self.turns += [asked, {"role": "assistant", "content": ""}]
         for piece in pieces:
             if self._stopped.is_set():
@@ -121,13 +124,13 @@ def playground(
     template: Template,
     verbalizer: Verbalizer,
 ) -> "Playground | StaticPreview":
-    """Change a prompt and see what it does, as the last expression of a cell.
+    """Change a prompt and see the effect on its predictions; use it as the last expression of a cell.
 
     Args:
-        model, tokenizer: as ``load_language_model`` gives them.
-        rows: labelled rows to be scored; the first of them is shown token by token.
-        pool: labelled rows from which examples are drawn.
-        template, verbalizer: to start with.
+        model, tokenizer: as returned by ``load_language_model``.
+        rows: labelled rows to classify; the prompt and the predictions for the first one are shown.
+        pool: labelled rows from which few-shot examples are drawn.
+        template, verbalizer: template and label words at the start.
     """
     shown = Playground(model, tokenizer, rows, pool, template, verbalizer)
     if somebody_is_there():
@@ -137,11 +140,11 @@ def playground(
 
 
 class Playground:
-    """Template, words, number of examples, temperature, and what comes of them; see ``playground``.
+    """Widget with template, label words, number of examples, temperature and the predictions; see ``playground``.
 
     Attributes:
-        template, words, examples, temperature, result, status: widgets; ``words`` has one for each label.
-        thread: of the last question.
+        template, words, examples, temperature, result, status: widgets; ``words`` has one per label.
+        thread: thread of the last scoring.
     """
 
     def __init__(
@@ -157,9 +160,11 @@ class Playground:
         self.thread: threading.Thread | None = None
         width = f"{max(map(len, [*verbalizer.labels, 'temperature']))}ch"
         style = {"description_width": width}
-        self.template = Textarea(template.text, description="template", style=style, layout=WIDE)
+        self.template = Textarea(template.text, description="template", style=style, layout=_WIDE)
         self.words = {
-            label: Text("|".join(words), description=label, style=style, layout=WIDE, tooltip="words, between bars")
+            label: Text(
+                "|".join(words), description=label, style=style, layout=_WIDE, tooltip="label words, separated by |"
+            )
             for label, words in verbalizer.by_label.items()
         }
         self.examples = _slider(IntSlider, "examples", 0, 0, min(16, len(pool)), style=style)
@@ -174,10 +179,10 @@ class Playground:
         return self._box._repr_mimebundle_(**options)
 
     def ask(self) -> None:
-        """Score the rows by what is set, and show it.
+        """Score the rows with the current prompt and show the result.
 
         Raises:
-            ValueError: no prompt can be made of it.
+            ValueError: the template or the label words cannot be used.
         """
         template = Template(self.template.value)
         verbalizer = Verbalizer({label: box.value.split("|") for label, box in self.words.items()})
@@ -187,11 +192,11 @@ class Playground:
         evaluation = to_evaluation(scores, encoded["labels"])
         ids = encoded[0]["input_ids"]
         chosen = torch.tensor(scores[0] / self.temperature.value).softmax(-1).tolist()
-        # the temperature sharpens or flattens what comes next; which token is first stays
+        # the temperature sharpens or flattens the distribution but does not change its order
         following = next_tokens(self.model, self.tokenizer, ids, k=8, temperature=self.temperature.value)
-        right = f"{evaluation.correct.sum()} of {len(self.rows)} rows right"
+        correct = f"{evaluation.correct.sum()} of {len(self.rows)} rows correct"
         self.result.value = (
-            f"<p><b>{right}</b>; the first of them:</p>"
+            f"<p><b>{correct}</b>. The prompt of the first row:</p>"
             f'<pre style="white-space: pre-wrap">{html.escape(self.tokenizer.decode(ids))}</pre>'
             + _bars("class", dict(zip(verbalizer.labels, chosen, strict=True)))
             + _bars("next token", dict(zip(map(repr, following["token"]), following["probability"], strict=True)))
@@ -202,11 +207,11 @@ class Playground:
 
 
 def _slider(kind: type, name: str, value: float, low: float, high: float, **options: Any) -> Any:
-    return kind(value, min=low, max=high, description=name, layout=WIDE, **options)
+    return kind(value, min=low, max=high, description=name, layout=_WIDE, **options)
 
 
 def _bars(title: str, probabilities: dict[str, float]) -> str:
-    """Probabilities as a table with bars."""
+    """Probabilities as an HTML table with bars."""
     rows = "".join(
         f'<tr><th scope="row" style="text-align: left"><code>{html.escape(name)}</code></th><td>{p:.3f}</td>'
         f'<td><div style="background: #0072B2; height: 0.8em; width: {200 * p:.0f}px"></div></td></tr>'

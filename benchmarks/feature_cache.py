@@ -1,12 +1,13 @@
-"""What a frozen network costs: ``freeze``, ``cache_frozen_layers`` and ``fit`` against transformers' ``Trainer``.
+"""Cost of training on a feature cache: ``cache_frozen_layers`` and ``fit`` against the ``Trainer`` of transformers.
 
-Both train the same layers of the same network on the same rows for as many steps, in batches of 16 grouped by length,
-and evaluate after each epoch. Every run is really made, in a process of its own, so that its peak memory is its own;
-the time to cache the prefix counts, loading does not. A round runs the two one after the other for each task; the
-figures are medians over the rounds of their ratio. Before that, without dropout and on the same batches, the losses of
-each step are compared: a difference above 1e-4 ends the script. Leave the machine idle; about 7 minutes a round.
+Both train the same layers of the same network on the same rows for the same number of steps, in batches of 16 of
+similar length, and evaluate after each epoch. Each run is made in its own process, so that its peak memory can be
+measured. Its time includes filling the cache, but not loading. In each round the two run one after the other on each
+task; the figures are medians over the rounds of the ratio within a round. Before that, the losses of each step are
+compared, without dropout and on the same batches: a difference above 1e-4 ends the script. Leave the machine idle;
+about 7 minutes per round.
 
-    python benchmarks/frozen_prefix.py [--rounds 3] [--rows 1000]
+    python benchmarks/feature_cache.py [--rounds 3] [--rows 1000]
 """
 
 import argparse
@@ -22,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-ARMS = ("ftkit", "Trainer")
-# what trains (3 groups: the last two blocks and the head), peak learning rate, epochs
+VARIANTS = ("ftkit", "Trainer")
+# what trains (3 layer groups: the last two blocks and the head), peak learning rate, epochs
 TASKS = {
     "linear_probe_3_epochs": ("classifier.*", 1e-2, 3),
     "linear_probe_20_epochs": ("classifier.*", 1e-2, 20),
@@ -34,7 +35,7 @@ LOSS_TOLERANCE = 1e-4
 
 
 def prepare(train: int | str, num_rows: int, dropout: float | None = None) -> tuple[Any, Any, dict[str, Any]]:
-    """The network with all frozen but ``train``, its tokenizer, and the rows by split."""
+    """The network, frozen except for ``train``, its tokenizer, and the rows by split."""
     from ftkit.data.text import encode, load_text
     from ftkit.models.loading import load_classifier
     from ftkit.training.freezing import freeze
@@ -47,14 +48,14 @@ def prepare(train: int | str, num_rows: int, dropout: float | None = None) -> tu
 
 
 def make_settings(lr: float, num_epochs: int) -> Any:
-    """As Trainer does by default: no warm-up, no weight decay; gradients are clipped at norm 1, the rate falls to 0."""
+    """Settings equal to the defaults of Trainer: no warm-up, no weight decay, clipping at norm 1, linear decay to 0."""
     from ftkit.training.state import TrainSettings
 
     return TrainSettings(lr=lr, num_epochs=num_epochs, batch_size=BATCH_SIZE, weight_decay=0, warmup=0, seed=SEED)
 
 
 def make_arguments(folder: str, lr: float, num_epochs: int, **options: Any) -> Any:
-    """Trainer's for the same run; ``options`` are further ones."""
+    """Arguments of Trainer for the same run, and further ``options``."""
     from transformers import TrainingArguments
 
     return TrainingArguments(
@@ -64,14 +65,14 @@ def make_arguments(folder: str, lr: float, num_epochs: int, **options: Any) -> A
     )  # fmt: skip
 
 
-def run(arm: str, task: str, num_rows: int) -> dict[str, float]:
-    """One task in one arm: seconds and peak memory of the whole, and the median seconds of an epoch after the first."""
+def run(variant: str, task: str, num_rows: int) -> dict[str, float]:
+    """Seconds and peak memory of one task in one variant, and the median seconds of an epoch after the first."""
     from ftkit.training.monitor import Meter
 
     train, lr, num_epochs = TASKS[task]
     model, tokenizer, rows = prepare(train, num_rows)
-    ends: list[float] = []  # of the epochs, their evaluation included
-    if arm == "ftkit":
+    ends: list[float] = []  # times at which an epoch and its evaluation ended
+    if variant == "ftkit":
         from ftkit.training.callbacks import Callback
         from ftkit.training.feature_cache import cache_frozen_layers
         from ftkit.training.loop import fit
@@ -81,8 +82,8 @@ def run(arm: str, task: str, num_rows: int) -> dict[str, float]:
                 ends.append(time.perf_counter())
 
         with Meter() as meter:
-            rest, cached = cache_frozen_layers(model, rows)
-            history = fit(rest, cached, make_settings(lr, num_epochs), callbacks=[Clock()])
+            upper, cached = cache_frozen_layers(model, rows)
+            history = fit(upper, cached, make_settings(lr, num_epochs), callbacks=[Clock()])
         steps, accuracy = len(history.steps), history.epochs[-1]["validation_accuracy"]
     else:
         from transformers import DataCollatorWithPadding, Trainer, TrainerCallback
@@ -118,7 +119,7 @@ def run(arm: str, task: str, num_rows: int) -> dict[str, float]:
 
 
 def loss_difference(train: int | str, lr: float, num_rows: int, num_epochs: int = 3) -> float:
-    """The largest difference between the two arms' losses of a step, without dropout and on the same batches."""
+    """Largest difference between the two losses of a step, without dropout and on the same batches."""
     import torch
     from transformers import Trainer
 
@@ -143,7 +144,7 @@ def loss_difference(train: int | str, lr: float, num_rows: int, num_epochs: int 
             return batches
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = make_arguments(folder, lr, 1, logging_steps=1, use_cpu=True)  # one epoch of all the batches
+        arguments = make_arguments(folder, lr, 1, logging_steps=1, use_cpu=True)  # the batches of all epochs
         trainer = SameBatches(model=model, args=arguments, train_dataset=rows["train"])
         trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -151,7 +152,7 @@ def loss_difference(train: int | str, lr: float, num_rows: int, num_epochs: int 
 
 
 def in_a_process(arguments: Sequence[str]) -> dict[str, float]:
-    """What this script prints last when it is called so."""
+    """Run this script with these arguments in its own process and return the result that it prints."""
     command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -161,42 +162,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=1000)
-    parser.add_argument("--arm", choices=[*ARMS, "losses"], help=argparse.SUPPRESS)  # one run, in a process of its own
+    parser.add_argument("--variant", choices=[*VARIANTS, "losses"], help=argparse.SUPPRESS)  # one run
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.arm == "losses":
+    if arguments.variant == "losses":
         train, lr, _ = TASKS[arguments.task]
         print(json.dumps({"loss_difference": loss_difference(train, lr, arguments.rows)}))
         return
-    if arguments.arm:
-        print(json.dumps(run(arguments.arm, arguments.task, arguments.rows)))
+    if arguments.variant:
+        print(json.dumps(run(arguments.variant, arguments.task, arguments.rows)))
         return
 
-    def call(arm: str, task: str) -> dict[str, float]:
-        result = in_a_process(["--arm", arm, "--task", task, "--rows", str(arguments.rows)])
-        print(f"{task:>22} {arm:>7}: {result}", flush=True)
+    def call(variant: str, task: str) -> dict[str, float]:
+        result = in_a_process(["--variant", variant, "--task", task, "--rows", str(arguments.rows)])
+        print(f"{task:>22} {variant:>7}: {result}", flush=True)
         return result
 
     differences = [call("losses", task)["loss_difference"] for task in ("linear_probe_3_epochs", "last_2")]
     difference = float(np.max(differences))
     if not difference <= LOSS_TOLERANCE:
         raise SystemExit(
-            f"A step's losses differ by {difference:.1e}, more than {LOSS_TOLERANCE:g}: "
-            "ftkit and Trainer do not train the same, and their times can't be compared."
+            f"The losses of a step differ by {difference:.1e}, more than {LOSS_TOLERANCE:g}: "
+            "ftkit and Trainer do not compute the same, so their times cannot be compared."
         )
-    results: dict[tuple[str, str], list[dict[str, float]]] = {(arm, task): [] for arm in ARMS for task in TASKS}
+    results: dict[tuple[str, str], list[dict[str, float]]] = {(v, task): [] for v in VARIANTS for task in TASKS}
     for turn in range(arguments.rounds):
         for task in TASKS:
-            for arm in ARMS if turn % 2 == 0 else reversed(ARMS):  # neither always comes first on a cool machine
-                results[arm, task].append(call(arm, task))
+            for variant in VARIANTS if turn % 2 == 0 else reversed(VARIANTS):  # neither always has a cool machine
+                results[variant, task].append(call(variant, task))
 
     def paired(task: str, key: str) -> float:
-        """Median over rounds of theirs divided by ours."""
+        """Median over rounds of the figure of Trainer, divided by that of ftkit."""
         pairs = zip(results["Trainer", task], results["ftkit", task], strict=True)
         return statistics.median(theirs[key] / ours[key] for theirs, ours in pairs)
 
-    def typical(arm: str, task: str, key: str) -> float:
-        return round(statistics.median(result[key] for result in results[arm, task]), 3)
+    def typical(variant: str, task: str, key: str) -> float:
+        return round(statistics.median(result[key] for result in results[variant, task]), 3)
 
     figures = {
         "linear_probe_speedup_3_epochs": round(paired("linear_probe_3_epochs", "seconds"), 2),
@@ -206,10 +207,10 @@ def main() -> None:
         "peak_memory_ratio": round(1 / min(paired(task, "peak_rss_mib") for task in TASKS), 3),  # of the worst task
         "loss_difference": difference,
     }
-    for arm in ARMS:
+    for variant in VARIANTS:
         for task in TASKS:
             for key in ("seconds", "later_epoch_seconds", "peak_rss_mib"):
-                figures[f"{arm.lower()}_{task}_{key}"] = typical(arm, task, key)
+                figures[f"{variant.lower()}_{task}_{key}"] = typical(variant, task, key)
     print(json.dumps({**figures, "steps_an_epoch": -(-arguments.rows // BATCH_SIZE), "rounds": arguments.rounds}))
 
 
