@@ -24,7 +24,7 @@ class TextSettings(NotebookSettings):
         "training rows of each seed", 1000, smoke=64, gpu=6000, between=(2, 1_000_000), unit="rows", log=True
     )
     test_rows: int = setting(
-        "test rows that every score is measured on",
+        "test rows of every score",
         1000,
         smoke=100,
         gpu=2000,
@@ -59,10 +59,8 @@ class FullFineTuning(TextSettings):
     num_epochs: int = setting("passes over the training rows", 2, smoke=1, gpu=3, between=(1, 100), unit="epochs")
     batch_size: int = setting("rows per step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
     keep_best: bool = setting("keep the weights of the best epoch on validation", True)
-    live_rows: list[int] = setting(
-        "numbers of rows trained live, next to the study", [200], smoke=[20], between=(2, 1_000_000)
-    )
-    live_rates: list[float] = setting("learning rates trained live, next to the study", [3e-4], between=(1e-7, 1))
+    live_rows: list[int] = setting("rows trained live, next to the study", [200], smoke=[20], between=(2, 1_000_000))
+    live_rates: list[float] = setting("rates trained live, next to the study", [3e-4], between=(1e-7, 1))
     far_domains: list[Dataset] = setting(
         "other sentiment data that the tuned model is tested on",
         ["product-sentiment", "editorial-sentiment", "tweet-sentiment"],
@@ -150,7 +148,7 @@ class Prompting(TextSettings):
     )
     rows: int = setting("labelled training rows", 128, smoke=16, between=(2, 1_000_000), log=True)
     test_rows: int = setting(
-        "test rows that every score is measured on",
+        "test rows of every score",
         200,
         smoke=16,
         gpu=1000,
@@ -251,8 +249,6 @@ class Contrastive(NotebookSettings):
     augment: bool = setting("turn, shift and scale the training images", False)
     lr: float = setting("peak learning rate of the panel's runs", 1e-3, between=(1e-7, 1), log=True)
     num_epochs: int = setting("passes over the training pairs", 15, smoke=6, between=(1, 1000), unit="epochs")
-    batch_size: int = setting(
-        "pairs per step, which are each other's negatives", 64, gpu=256, between=(2, 65536), log=True
-    )
+    batch_size: int = setting("pairs per step, each other's negatives", 64, gpu=256, between=(2, 65536), log=True)
     seed: int = setting("the first seed; the record has 0 to 2", 5, between=(0, 1_000_000))
     num_seeds: int = setting("seeds; each draws its own weights and order", 1, gpu=3, between=(1, 100), unit="seeds")

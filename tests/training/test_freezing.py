@@ -81,7 +81,7 @@ def test_tied_parameters_are_said_to_be() -> None:
 def test_an_architecture_that_cannot_be_read_says_what_to_pass() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     with pytest.raises(
-        FreezingError, match=r"Sequential can't be read layer by layer, because it has no ModuleList.*train=\["
+        FreezingError, match=r"Sequential can't be read layer by layer, because .* no ModuleList.*train=\["
     ):
         layer_groups(model)
     assert trained_names(freeze(model, ["1.*"])) == {"1.weight", "1.bias"}
