@@ -30,7 +30,7 @@ test: $(STAMP)  ## every test, the notebooks included, on two cores
 	exit $$status
 
 check: lint  ## before each commit: lint, the form of the notebooks, the tests that train nothing
-	@$(BIN)/python -m pytest -m "not alone and not slow" -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -m "not alone and not trains" -n 2 --dist worksteal
 
 lint: $(STAMP)  ## ruff over modules, tests, benchmarks and notebooks
 	@$(BIN)/ruff check .

@@ -1,7 +1,25 @@
-"""Fixtures that tests of several rooms share."""
+"""Fixtures that tests of several rooms share, and the order in which tests run."""
+
+import os
+import re
 
 import pytest
+import torch
 from tiny_bert import make_rows
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: more threads would slow each other down
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the kernels and processes that tests start
+torch.set_num_threads(1)  # a tiny network is faster on one core
+
+TRAINS = re.compile(r"\b(fit|learn_sequence|run_notebook|run_study|run_grid|NotebookClient|execute)\(|--nbval")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of files that train, and run the notebooks first, because they take longest."""
+    for item in items:
+        if TRAINS.search(item.path.read_text(encoding="utf-8")):
+            item.add_marker("trains")
+    items.sort(key=lambda item: item.path.parent.name != "notebooks")
 
 
 @pytest.fixture

@@ -4,9 +4,12 @@ It is the mean over rows of the squared gradient of log p(y|x) of each single ro
 gradient of a whole batch: the rows' gradients cancel before they are squared, and the result is many times too small.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
@@ -15,6 +18,9 @@ from ftkit.models.modules import eval_mode
 from ftkit.training.batching import evaluation_batches, make_batch, row_lengths
 
 _KINDS = ("exact", "sampled", "empirical")
+
+# differences that rounding explains: a share of the tensor's norm, and of the largest tensor's norm
+_TOLERANCE, _ROUNDING = 1e-3, 1e-9
 
 
 def diagonal_fisher(
@@ -30,7 +36,7 @@ def diagonal_fisher(
     If all trainable parameters are in linear layers, layer norms and embeddings, each used once in a forward pass, then
     one backward pass per batch gives the gradients of all its rows, layer by layer: for a linear layer, the gradient of
     a row is the sum over its tokens of (gradient of the output) x (input). Other networks need a backward pass for each
-    row.
+    row. Which way to go is tried out on the longest and the shortest row.
 
     Args:
         model: as for ``fit``; its train or eval mode and its gradients are left unchanged.
@@ -52,35 +58,62 @@ def diagonal_fisher(
     totals = {p: torch.zeros_like(p) for p in model.parameters() if p.requires_grad}
     if not totals:
         raise ValueError("All parameters are frozen and have no Fisher information: set requires_grad on some of them.")
-    device, rng, lengths = next(model.parameters()).device, torch.Generator().manual_seed(seed), row_lengths(rows)
+    rng, lengths = torch.Generator().manual_seed(seed), row_lengths(rows)
     with eval_mode(model), torch.enable_grad():
         by_layer = _can_go_by_layer(model, rows, lengths, totals)
-        for indices in evaluation_batches(lengths, batch_size if by_layer else 1):
-            batch = make_batch(model, rows, indices, device)
-            labels = batch.pop("labels")
-            with _Recorder(model, totals, len(indices)) as recorder:
-                log_p = model(**batch).logits.float().log_softmax(-1)
-            wanted = [output for _, _, output in recorder.calls] if by_layer else list(totals)
-            targets = _targets(log_p.detach().exp(), labels, kind, rng)
-            for left, (classes, weights) in zip(reversed(range(len(targets))), targets, strict=True):
-                scores = log_p.gather(1, classes[:, None]).squeeze(1)
-                # masked classes (score -inf) have weight 0; the root of a weight is squared together with the gradient
-                objective = (weights.sqrt() * scores.where(weights > 0, 0.0)).sum()
-                grads = torch.autograd.grad(objective, wanted, retain_graph=left > 0, materialize_grads=True)
-                if by_layer:
-                    for (layer, inputs, _), grad in zip(recorder.calls, grads, strict=True):
-                        _add_squares[type(layer)](totals, layer, inputs, grad)
-                else:
-                    for total, grad in zip(totals.values(), grads, strict=True):
-                        total.addcmul_(grad, grad)
+        for indices in evaluation_batches(lengths, batch_size):
+            if not (by_layer and _add_batch(totals, model, rows, indices, kind, rng, by_layer=True)):
+                for index in indices:
+                    _add_batch(totals, model, rows, index[None], kind, rng, by_layer=False)
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {names[parameter]: total / len(lengths) for parameter, total in totals.items()}
+
+
+def _add_batch(
+    totals: dict[nn.Parameter, Tensor],
+    model: nn.Module,
+    rows: Any,
+    indices: NDArray[np.int64],
+    kind: str,
+    rng: torch.Generator,
+    by_layer: bool,
+) -> bool:
+    """Add the squared gradients of a batch, layer by layer; or of one row, as it is.
+
+    Returns:
+        False, having added nothing, if the batch cannot go layer by layer: a pass does not use each parameter exactly
+        once, in a layer of a known type whose output has all rows.
+    """
+    batch = make_batch(model, rows, indices, next(model.parameters()).device)
+    labels = batch.pop("labels")
+    with _Recorder(model, totals, len(indices)) as recorder:
+        log_p = model(**batch).logits.float().log_softmax(-1)
+    if by_layer:
+        used = [id(p) for layer, _, _ in recorder.calls for p in layer.parameters(recurse=False) if p in totals]
+        if sorted(used) != sorted(map(id, totals)) or any(len(out) != len(indices) for _, _, out in recorder.calls):
+            return False
+    wanted = [output for _, _, output in recorder.calls] if by_layer else list(totals)
+    targets = _targets(log_p.detach().exp(), labels, kind, rng)
+    for left, (classes, weights) in zip(reversed(range(len(targets))), targets, strict=True):
+        scores = log_p.gather(1, classes[:, None]).squeeze(1)
+        # masked classes (score -inf) have weight 0; the root of a weight is squared together with the gradient
+        objective = (weights.sqrt() * scores.where(weights > 0, 0.0)).sum()
+        grads = torch.autograd.grad(objective, wanted, retain_graph=left > 0, materialize_grads=True)
+        if by_layer:
+            for (layer, inputs, _), grad in zip(recorder.calls, grads, strict=True):
+                _add_squares[type(layer)](totals, layer, inputs, grad)
+        else:
+            for total, grad in zip(totals.values(), grads, strict=True):
+                total.addcmul_(grad, grad)
+    return True
 
 
 def _targets(p: Tensor, labels: Tensor, kind: str, rng: torch.Generator) -> list[tuple[Tensor, Tensor]]:
     """Choose for each backward pass a class for each row and the weight of its squared gradient, both of shape (N,)."""
     if kind == "exact":
         return [(torch.full_like(labels, c), p[:, c]) for c in range(p.shape[1]) if (p[:, c] > 0).any()]
+    if kind == "unlikely":  # of all classes, the one whose gradient is largest
+        labels = p.where(p > 0, torch.inf).argmin(-1)
     if kind == "sampled":
         labels = torch.multinomial(p.cpu(), 1, generator=rng).squeeze(1).to(p.device)
     return [(labels, torch.ones_like(p[:, 0]))]
@@ -95,7 +128,8 @@ class _Recorder:
         self._num_rows, self._hooks = num_rows, list[RemovableHandle]()
 
     def __enter__(self) -> "_Recorder":
-        self._hooks = [layer.register_forward_hook(self._record) for layer in self._layers]
+        # before other hooks, which may change the output, as a bottleneck adapter's does
+        self._hooks = [layer.register_forward_hook(self._record, prepend=True) for layer in self._layers]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,16 +146,25 @@ class _Recorder:
         return output
 
 
-def _can_go_by_layer(model: nn.Module, rows: Any, lengths: Any, parameters: dict[nn.Parameter, Tensor]) -> bool:
-    """Tell whether a pass uses each parameter exactly once, in a layer of a known type whose output has all rows."""
-    indices = next(evaluation_batches(lengths, min(2, len(lengths))))
-    batch = make_batch(model, rows, indices, next(model.parameters()).device)
-    batch.pop("labels")
-    with torch.no_grad(), _Recorder(model, parameters, len(indices)) as recorder:
-        model(**batch)
-    layers = [layer for layer, _, output in recorder.calls if len(output) == len(indices)]
-    used = [id(p) for layer in layers for p in layer.parameters(recurse=False) if p in parameters]
-    return sorted(used) == sorted(map(id, parameters))
+def _can_go_by_layer(
+    model: nn.Module, rows: Any, lengths: NDArray[np.int64], parameters: Iterable[nn.Parameter]
+) -> bool:
+    """Tell whether the longest and the shortest row give, layer by layer, what they give one by one.
+
+    They differ if a layer's weights are also used outside of it, if the first dimension of its output is not the rows,
+    or if padding changes a row's result.
+    """
+    probe, rng = np.argsort(-lengths, kind="stable")[[0, -1]], torch.Generator()
+    together, alone = ({p: torch.zeros_like(p) for p in parameters} for _ in range(2))
+    if not _add_batch(together, model, rows, probe, "unlikely", rng, by_layer=True):
+        return False
+    for index in probe:
+        _add_batch(alone, model, rows, index[None], "unlikely", rng, by_layer=False)
+    least = _ROUNDING * max(total.norm().item() for total in alone.values())  # the value for the bias of a key is zero
+    return all(
+        (together[p] - total).norm().item() <= max(_TOLERANCE * total.norm().item(), least)
+        for p, total in alone.items()
+    )
 
 
 def _by_row(tensor: Tensor) -> Tensor:

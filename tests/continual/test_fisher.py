@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from tiny_bert import make_rows, make_tiny_bert
-from tiny_models import TEXT_CLASSIFIERS, VOCABULARY, make_tiny
+from tiny_models import TEXT_CLASSIFIERS, VOCABULARY, disturb, make_tiny
 from torch import nn
 
+from ftkit.adapters.bottleneck import add_adapters
+from ftkit.adapters.lora import add_lora
 from ftkit.continual.fisher import diagonal_fisher
+from ftkit.models.architecture import layer_groups
 
 
 def rows_for_tiny(num_rows: int = 6) -> list[dict[str, object]]:
@@ -54,6 +57,84 @@ def assert_same(ours, expected, tolerance=1e-4):
 def test_every_family_gives_the_result_of_single_rows(family):
     model, rows = make_tiny(family), rows_for_tiny()
     assert_same(diagonal_fisher(model, rows, batch_size=4), fisher_by_row(model, rows, "exact"))
+
+
+def train_two_groups(model):
+    model.requires_grad_(False)
+    for group in layer_groups(model)[-2:]:
+        for parameter in group.parameters.values():
+            parameter.requires_grad_(True)
+    return model
+
+
+PARTS = {
+    "two groups": train_two_groups,
+    "lora": lambda model: disturb(add_lora(model, rank=2, targets="all-linear")),
+    "adapters": lambda model: disturb(add_adapters(model, 4, kind="houlsby", activation="gelu")),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("family", TEXT_CLASSIFIERS)
+def test_a_part_of_every_family_gives_the_result_of_single_rows_at_any_batch_size(family, part):
+    model, rows = PARTS[part](make_tiny(family)), rows_for_tiny(8)
+    expected = fisher_by_row(model, rows, "exact")
+    for batch_size in (1, 3, 8):
+        # a tensor of a LoRA update may be a small difference of large numbers in float32
+        assert_same(diagonal_fisher(model, rows, batch_size=batch_size), expected, 1e-3 if part == "lora" else 1e-4)
+
+
+def test_a_layer_below_an_adapter_gives_the_result_of_single_rows():
+    model, rows = add_adapters(make_tiny("bert"), 4), rows_for_tiny(6)
+    disturb(model).requires_grad_(True)  # so that the layer whose output the adapter changes trains, too
+    assert_same(diagonal_fisher(model, rows, batch_size=3), fisher_by_row(model, rows, "exact"))
+
+
+class Tokens(nn.Module):
+    """Classify the mean of the embeddings; what happens to them in between differs."""
+
+    def __init__(self, between):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(VOCABULARY, 5).requires_grad_(False)
+        self.layer, self.head, self.between = nn.Linear(5, 5), nn.Linear(5, 3).requires_grad_(False), between
+
+    def forward(self, input_ids, attention_mask):
+        x, mask = self.table(input_ids), attention_mask[:, :, None]
+        return SimpleNamespace(logits=self.head(self.between(self.layer, x, mask)))
+
+
+def mean(x, mask):
+    return (x * mask).sum(1) / mask.sum(1)
+
+
+BETWEEN = {
+    "a weight used outside of its layer": lambda layer, x, mask: mean((layer(x) @ layer.weight).tanh(), mask),
+    "tokens before rows": lambda layer, x, mask: mean(layer(x.transpose(0, 1)).tanh().transpose(0, 1), mask),
+    "an output with rows of its own": lambda layer, x, mask: (
+        mean(x, mask) @ layer(torch.eye(5)[:2]).tanh().sum(0).diag()
+    ),
+    "padding counts": lambda layer, x, mask: layer(x).tanh().mean(1),
+    "twice in one pass": lambda layer, x, mask: mean(layer(layer(x).tanh()).tanh(), mask),
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize("length", [2, None])
+def test_what_cannot_go_layer_by_layer_goes_row_by_row(between, length):
+    model, rows = Tokens(BETWEEN[between]), rows_for_tiny(6)
+    rows = [{key: value[:length] if key != "labels" else value for key, value in row.items()} for row in rows]
+    expected = fisher_by_row(model, rows, "exact")
+    for batch_size in (2, 4):  # as many rows as tokens, or as rows of its own
+        assert_same(diagonal_fisher(model, rows, batch_size=batch_size), expected)
+
+
+def test_a_frozen_bert_still_goes_layer_by_layer(monkeypatch):
+    model, rows = train_two_groups(make_tiny("bert")), rows_for_tiny(8)
+    sizes, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda **batch: sizes.append(len(batch["input_ids"])) or forward(**batch))
+    diagonal_fisher(model, rows, batch_size=4)
+    assert sizes == [2, 1, 1, 4, 4]  # two rows tried both ways, then whole batches
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])

@@ -9,6 +9,8 @@ import torch
 
 from ftkit.lab.machine import release_threads
 
+pytestmark = pytest.mark.alone
+
 COUNT = """
 import psutil, torch
 from ftkit.lab.machine import release_threads

@@ -8,6 +8,8 @@ from ftkit.training.monitor import Meter
 
 BIG = 256  # MiB
 
+pytestmark = pytest.mark.alone
+
 
 def allocate_and_free() -> None:
     """Take fresh pages from the system: an allocator might hand out what the process holds already."""
