@@ -1,0 +1,84 @@
+"""Valid but odd data and networks: a lesson leaves out what cannot run, says so, and goes on to its end."""
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoTokenizer, MPNetConfig, MPNetForSequenceClassification
+
+from ftkit.data.assets import registry
+from ftkit.lab.runs.notebooks import Run, run_notebook
+
+EMOJI = "😀😁😂🤣😃😄😅😆😉😊😋😎😍😘🥰😗😙😚🙂🤗🤩🤔😐😑😶🙄😏😣😥😮😯😪😫😴😌😛😜"
+SMALL = {"num_seeds": 1}
+
+
+def write_csv(path: Path, *rows: tuple[str, str]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def run(notebook: str, folder: Path, **parameters: object) -> Run:
+    return run_notebook(notebook, SMALL | parameters, tier="smoke", out=folder, progress=False)
+
+
+def printed(done: Run) -> str:
+    notebook = json.loads(done.executed.read_text(encoding="utf-8"))
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    return "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+
+
+def test_texts_of_emoji_only_have_no_bag_of_words(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    texts = {"".join(draw.choices(EMOJI, k=draw.randint(3, 6))) for _ in range(150)}
+    rows = [(text, draw.choice(["happy", "sad"])) for text in sorted(texts)]
+    data = write_csv(tmp_path / "emoji.csv", ("text", "label"), *rows)
+    done = run("01_full_fine_tuning", tmp_path, data=str(data), rows=20, test_rows=20)
+    assert done.error is None
+    assert "bag_of_words is left out: empty vocabulary" in printed(done)
+    assert set(done.metrics) == {"majority", "linear_probe", "linear_probe_mean", "from_scratch", "full"}
+
+
+def test_a_class_of_one_row_in_a_hundred_may_be_missing_from_the_training_rows(tmp_path: Path) -> None:
+    rows = [(f"a film of {i} minutes", "rare" if i % 100 == 0 else "usual") for i in range(500)]
+    data = write_csv(tmp_path / "rare.csv", ("text", "label"), *rows)
+    done = run("01_full_fine_tuning", tmp_path, data=str(data), rows=8, test_rows=100, seed=1)
+    assert done.error is None
+    assert done.metrics["majority"]["accuracy"] == pytest.approx(0.99)
+
+
+def test_a_network_that_refuses_a_method_is_adapted_by_the_others(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(registry.fetch("minilm", progress=False))
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = MPNetConfig(vocab_size=len(tokenizer), max_position_embeddings=514, **size)
+    MPNetForSequenceClassification(config).save_pretrained(tmp_path / "mpnet")
+    tokenizer.save_pretrained(tmp_path / "mpnet")
+    done = run("03_lora_and_adapters", tmp_path, model=str(tmp_path / "mpnet"))
+    assert done.error is None
+    assert "adapter is left out: " in printed(done)
+    assert set(done.metrics) == {"majority", "bitfit", "lora", "full"}
+
+
+def test_captions_that_repeat_across_splits(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    colours = {
+        "a red thing": (200, 30, 30),
+        "a green field": (30, 160, 30),
+        "a blue sky": (60, 60, 220),
+        "snow": (250,) * 3,
+    }
+    rng, rows = np.random.default_rng(0), []
+    for i in range(80):
+        caption = list(colours)[i % 4]
+        pixels = np.clip(np.array(colours[caption]) + rng.integers(-30, 30, (24, 24, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        rows.append((f"{i}.png", caption))
+    write_csv(folder / "captions.csv", ("file", "caption"), *rows)
+    done = run("06_clip_loss", tmp_path, images=str(folder), rows=24, test_rows=8)
+    assert done.error is None
