@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")  # a Windows console may use another encoding
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)  # `kill` and `timeout` clean up as Ctrl-C does
+        _end_as_after_ctrl_c()
     warnings.showwarning = lambda message, *_: print(f"ftkit: {message}", file=sys.stderr)
     try:
         arguments = _parser().parse_args(argv)
@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     fetch.set_defaults(command=_fetch)
 
     assets = commands.add_parser("assets", help="list models and data")
-    assets.add_argument("--cards", action="store_true", help="print their cards, the text of data/README.md")
+    shown = assets.add_mutually_exclusive_group()
+    shown.add_argument("--cards", action="store_true", help="print their cards, the text of data/README.md")
+    shown.add_argument("--verify", action="store_true", help="check every downloaded file and name the damaged ones")
     assets.set_defaults(command=_assets)
     return parser
 
@@ -141,6 +143,7 @@ def _run(arguments: argparse.Namespace) -> int:
     notebook = notebooks.find_notebook(arguments.notebook)
     where = {"tier": arguments.tier, "out": arguments.out}
     planned = grid.plan(notebook, grid.each_once(arguments.parameter), tier=arguments.tier)
+    notebooks.prepare(arguments.out)
     chosen = {value for job in planned for value in job.parameters.values() if isinstance(value, str)}
     _fetch_assets([*notebooks.assets_of(notebook), *chosen.intersection(registry.names())])
     if len(planned) > 1:
@@ -154,14 +157,17 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"ftkit: {failed} of {len(planned)} runs failed; the same command runs them again", file=sys.stderr)
         return 1 if failed else 0
     run = notebooks.run_notebook(notebook, planned[0].parameters, **where)
-    if run.metrics:
-        print(format_table(run.metrics))
+    written = run.executed
     if arguments.html:
         from ftkit.lab.runs.report import write_report
 
-        print(write_report(run))
-    else:
-        print(run.executed)
+        try:  # before anything is printed: the terminal may be gone
+            written = write_report(run)
+        except OSError as error:
+            run.error = run.error or str(error).rstrip(".")
+    if run.metrics:
+        print(format_table(run.metrics))
+    print(written)
     if run.error:
         print(f"ftkit: {run.error}", file=sys.stderr)
     return 1 if run.error else 0
@@ -217,12 +223,28 @@ def _fetch_assets(names: Sequence[str]) -> None:
 def _assets(arguments: argparse.Namespace) -> int:
     from ftkit.data.assets import registry
 
+    if arguments.verify:
+        damaged = [sentence for name in registry.names() if (sentence := registry.verify(name))]
+        cached = sum(map(registry.is_cached, registry.names()))
+        print("\n".join(damaged) or f"All files of the {cached} downloaded assets are as they were when unpacked.")
+        return 1 if damaged else 0
     print(registry.cards() if arguments.cards else registry.table(), end="" if arguments.cards else "\n")
     return 0
 
 
-def _interrupt(*_: Any) -> NoReturn:
-    raise KeyboardInterrupt
+def _end_as_after_ctrl_c() -> None:
+    """Clean up as after Ctrl-C when `kill` or `timeout` ends this process, or its terminal is closed."""
+    signals = [signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under `nohup`
+        signals.append(signal.SIGHUP)
+
+    def interrupt(*_: Any) -> NoReturn:
+        for number in signals:  # a terminal that is closed may send several signals: the first one is enough
+            signal.signal(number, lambda *_: None)
+        raise KeyboardInterrupt
+
+    for number in signals:
+        signal.signal(number, interrupt)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,19 @@ def macro_f1(confusion: ArrayLike) -> float:
     return float(np.mean(2 * confusion.diagonal()[support > 0] / support[support > 0]))
 
 
+def balanced_accuracy(confusion: ArrayLike) -> float:
+    """Mean over classes of the share of their rows that were classified correctly, in [0, 1] (Brodersen et al., 2010).
+
+    A class without rows is left out, as in scikit-learn.
+
+    Args:
+        confusion: counts by true class (row) and predicted class (column), shape (C, C).
+    """
+    confusion = np.asarray(confusion)
+    rows = confusion.sum(axis=1)
+    return float(np.mean(confusion.diagonal()[rows > 0] / rows[rows > 0]))
+
+
 def expected_calibration_error(labels: ArrayLike, probabilities: ArrayLike, num_bins: int = 15) -> float:
     """Mean gap, in [0, 1], between the confidence and the accuracy of a classifier (Guo et al., 2017).
 
@@ -200,6 +213,11 @@ class Evaluation:
     def macro_f1(self) -> float:
         """Mean F1 over classes, see ``macro_f1``."""
         return macro_f1(self.confusion)
+
+    @cached_property
+    def balanced_accuracy(self) -> float:
+        """Mean share of correct rows over classes, see ``balanced_accuracy``."""
+        return balanced_accuracy(self.confusion)
 
     @cached_property
     def calibration_error(self) -> float:

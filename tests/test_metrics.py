@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest
@@ -32,6 +34,11 @@ def test_scores_equal_those_of_scikit_learn(
     assert metrics.accuracy(labels, predictions) == pytest.approx(sklearn_metrics.accuracy_score(labels, predictions))
     expected = sklearn_metrics.f1_score(labels, predictions, average="macro", zero_division=0)
     assert metrics.macro_f1(confusion) == pytest.approx(expected)
+    with warnings.catch_warnings(action="ignore"):  # of classes that are predicted and have no rows
+        expected = sklearn_metrics.balanced_accuracy_score(labels, predictions)
+    assert metrics.balanced_accuracy(confusion) == pytest.approx(expected)
+    evaluation = Evaluation(labels, np.eye(5)[predictions], loss=0.5)
+    assert evaluation.balanced_accuracy == metrics.balanced_accuracy(confusion)
 
 
 def test_the_confusion_matrix_accepts_narrow_integers_and_refuses_an_unknown_class() -> None:

@@ -1,14 +1,22 @@
 import base64
 import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
+from matplotlib import font_manager
+from matplotlib.figure import Figure as MatplotlibFigure
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
 from PIL import Image
 
 from ftkit import plots
+from ftkit.data.assets import registry
+from ftkit.errors import AssetError
 from ftkit.training.state import History
 
 METRICS = {
@@ -129,3 +137,231 @@ def test_axes_are_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
         draw()
     assert all(ax.get_xlabel() for figure in seen for ax in figure.axes)
     plt.close("all")
+
+
+# The reader's text ------------------------------------------------------------------------------------------
+
+ODD = ["$", "$$", r"$\frac$", "$5 to $10", "_x", "a_b^c", "<b>&amp;", "100 %", "%s {} \\alpha", "#1"]
+ODD_RUNS = dict.fromkeys(ODD, METRICS["majority"])
+ODD_FIGURES = {
+    "scores": lambda: plots.scores(ODD_RUNS, axis="share of $ in $"),
+    "learning_curves": lambda: plots.learning_curves({name: [HISTORY] for name in ODD[:7]}),
+    "confusion": lambda: plots.confusion(np.eye(len(ODD), dtype=int), ODD),
+    "study": lambda: plots.study(SUMMARY, xlabel="$ and $", live={100: 0.75}, reference=("$_$", 0.5)),
+    "studies": lambda: plots.studies(dict.fromkeys(ODD, SUMMARY), xlabel="$ and $", reference=("_$_$", 0.5)),
+    "tradeoff": lambda: plots.tradeoff(
+        pd.DataFrame([POINTS.iloc[0], POINTS.iloc[1]] * 5).set_axis(ODD, axis=0), xlabel="$ and $"
+    ),
+    "spectra": lambda: plots.spectra({name: [0.5, 0.8, 1.0] for name in ODD[:4]}, xlabel="$ and $"),
+    "bars": lambda: plots.bars(pd.Series(0.5, index=ODD), xlabel="$ and $"),
+    "slopes": lambda: plots.slopes(
+        pd.DataFrame({"$": range(10), "_$$": range(10)}, index=ODD), xlabel="$ and $", ylabel="$ or $"
+    ),
+    "schedule": lambda: plots.schedule({name: [0, 1, 0.5] for name in ODD}),
+}
+LEGENDS = dict.fromkeys(("studies", "tradeoff", "slopes", "schedule"), ODD) | {
+    "learning_curves": ODD[:7],
+    "spectra": ODD[:4],
+}
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], object]], MatplotlibFigure]]:
+    """A function that calls a function of plots, and returns the figure that it drew; it stays open until the end."""
+    figures = []
+
+    def draw(function: Callable[[], object]) -> MatplotlibFigure:
+        with monkeypatch.context() as patch:
+            patch.setattr(plots, "Figure", lambda figure, alt, table: figures.append(figure))
+            function()
+        return figures[-1]
+
+    yield draw
+    plt.close("all")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ODD_FIGURES)
+def test_no_character_of_a_name_has_a_meaning_in_a_figure(name: str, drawn: Callable) -> None:
+    assert min(Image.open(io.BytesIO(ODD_FIGURES[name]().png)).size) > 100
+    figure = drawn(ODD_FIGURES[name])
+    shown = [text for text in figure.findobj(Text) if text.get_text()]
+    assert shown and not any(text.get_parse_math() for text in shown)
+    if name in LEGENDS:
+        legend = next(ax.get_legend() for ax in figure.axes if ax.get_legend())
+        entries = [text.get_text().strip("\u200b").replace("_", " ").strip() for text in legend.get_texts()]
+        assert {entry.replace("_", " ").strip() for entry in LEGENDS[name]} <= set(entries)
+    figure.draw_without_rendering()
+    assert not [text for text in figure.findobj(Text) if "\\math" in text.get_text()]  # as on a logarithmic axis
+
+
+def test_names_are_escaped_and_not_set_as_formulas_in_the_html() -> None:
+    page = plots.confusion(np.eye(2, dtype=int), ["$5 to $10", "<i>&amp;"])._repr_html_()
+    assert "&lt;i&gt;&amp;amp;" in page and "<i>" not in page
+    table = BeautifulSoup(page, "html.parser").table
+    assert [cell.text for cell in table.select("thead th")] == ["", "$5 to $10", "<i>&amp;"]
+    ignored = [set(parent.get("class", [])) for parent in (table, *table.parents)]
+    assert any({"mathjax_ignore", "tex2jax_ignore"} <= classes for classes in ignored)
+
+
+def test_ticks_of_a_logarithmic_axis_read_well(drawn: Callable) -> None:
+    figure = drawn(lambda: plots.spectra({"change": np.linspace(0.1, 1, 300)}, xlabel="directions"))
+    figure.draw_without_rendering()
+    labels = [text.get_text() for text in figure.axes[0].get_xticklabels() if text.get_text()]
+    assert {"1", "10", "100"} <= set(labels)
+    figure = drawn(lambda: plots.spectra({"change": [0.5, 0.6, 1.0]}, xlabel="directions"))
+    figure.draw_without_rendering()  # less than a decade: further ticks have labels
+    ax = figure.axes[0].xaxis
+    assert {"1", "2", "3"} <= {text.get_text() for text in ax.get_ticklabels(minor=True) + ax.get_ticklabels()}
+
+
+# Size -------------------------------------------------------------------------------------------------------
+
+
+def test_a_confusion_of_many_classes_is_small_and_has_thinned_labels(drawn: Callable) -> None:
+    names = [f"class number {i} of a shop with many goods" for i in range(150)]
+    counts = np.random.default_rng(0).integers(0, 9, (150, 150))
+    figure = plots.confusion(counts, names)
+    assert len(figure.png) < 500_000 and max(Image.open(io.BytesIO(figure.png)).size) < 2000
+    assert len(figure._repr_html_()) < 1_000_000
+    assert figure.table.shape == (150, 150)
+    assert "150 rows × 150 columns" in figure._repr_html_()
+    ax, *_ = drawn(lambda: plots.confusion(counts, names)).axes
+    assert not ax.texts
+    shown = {int(tick): label.get_text() for tick, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)}
+    assert 20 <= len(shown) <= 50
+    assert all(label == f"{names[i][:31].rstrip()}…" for i, label in shown.items())
+
+
+def test_a_confusion_of_few_classes_has_its_numbers(drawn: Callable) -> None:
+    counts = np.arange(400).reshape(20, 20)
+    ax, *_ = drawn(lambda: plots.confusion(counts, [f"c{i}" for i in range(20)])).axes
+    assert [text.get_text() for text in ax.texts] == [f"{count}" for count in range(400)]
+    assert [label.get_text() for label in ax.get_xticklabels()] == [f"c{i}" for i in range(20)]
+    ax, *_ = drawn(lambda: plots.confusion(np.eye(21), [f"c{i}" for i in range(21)])).axes
+    assert not ax.texts
+
+
+def test_long_names_and_alt_texts_are_bounded(drawn: Callable) -> None:
+    long = "very " * 3000
+    figures = [
+        plots.confusion(np.eye(2, dtype=int), [long, "b"]),
+        plots.bars(pd.Series([1.0, 2.0], index=[long, "b"]), xlabel="x"),
+        plots.bars(pd.Series(1.0, index=[f"class {i}" for i in range(400)]), xlabel="x"),
+        plots.slopes(pd.DataFrame({"a": [1.0, 2], long: [1, 2]}, index=[long, "b"]), xlabel="x", ylabel="y"),
+        plots.schedule({long: [1.0, 2]}),
+        plots.scores({long: METRICS["majority"]}),
+        plots.learning_curves({long: [HISTORY]}),
+        plots.spectra({long: [0.5, 1]}, xlabel="k"),
+        plots.studies({long: SUMMARY}, xlabel="k"),
+        plots.tradeoff(POINTS.rename({"full": long}), xlabel="k"),
+    ]
+    for figure in figures:
+        assert len(figure.alt) <= 2000 and Image.open(io.BytesIO(figure.png)).size[0] < 2500, figure.alt[:80]
+    assert figures[0].table.index[0] == long
+    assert figures[2].alt.endswith("…")
+
+
+def test_one_marker_goes_with_one_place_in_every_figure(drawn: Callable) -> None:
+    """The third method has the same marker and colour wherever it is drawn, and the eighth another than the first."""
+    names = [f"m{i}" for i in range(8)]
+    points = pd.DataFrame({"accuracy": 0.7, "low": 0.6, "high": 0.8, "cost": range(1, 9)}, index=names)
+    looks = []
+    for function in (
+        lambda: plots.tradeoff(points, xlabel="x"),
+        lambda: plots.studies(dict.fromkeys(names, SUMMARY), xlabel="x"),
+    ):
+        bars = drawn(function).axes[0].containers
+        looks.append([(bar.lines[0].get_marker(), bar.lines[0].get_color()) for bar in bars])
+    assert looks[0] == looks[1]
+    assert len(set(looks[0])) == 8
+
+
+# Fonts ------------------------------------------------------------------------------------------------------
+
+
+def forget_fonts() -> None:
+    plots._families_for.cache_clear()
+    plots._fetch_font.cache_clear()
+
+
+@pytest.fixture
+def fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """As on a computer with no font but matplotlib's own; the list gets the names of the assets that are asked for."""
+    asked = []
+
+    def fetch(name: str) -> Path:
+        asked.append(name)
+        raise AssetError(f"The asset {name!r} is not cached.")
+
+    usual = [entry for entry in font_manager.fontManager.ttflist if entry.name.startswith(("DejaVu Sans", "Last"))]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", usual)
+    monkeypatch.setattr(plots.registry, "fetch", fetch)
+    monkeypatch.setattr(plots, "_TOLD", set())
+    forget_fonts()
+    yield asked
+    forget_fonts()
+
+
+@pytest.mark.filterwarnings("error")
+def test_without_a_font_for_a_script_one_sentence_is_printed_once(
+    fonts: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    plots.confusion(np.eye(2, dtype=int), ["好评", "差评"])
+    said = capsys.readouterr()
+    assert said.out == (
+        "No font on this computer has characters such as '好', so figures show boxes in their place: install a font "
+        "that has them, or run `ftkit fetch cjk-font`.\n"
+    )
+    plots.confusion(np.eye(2, dtype=int), ["质量", "物流"])
+    plots.bars(pd.Series([1.0], index=["好评"]), xlabel="x")
+    assert capsys.readouterr().out == said.err == ""
+    assert fonts == ["cjk-font"]
+    plots.schedule({"บวก": [1.0]})
+    assert capsys.readouterr().out == (
+        "No font on this computer has characters such as 'ก', so figures show boxes in their place: install a font "
+        "that has them.\n"
+    )
+    assert fonts == ["cjk-font"] and not caplog.records
+
+
+@pytest.mark.filterwarnings("error")
+def test_arabic_and_european_letters_and_unprintable_characters_need_nothing(
+    fonts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["إيجابي", "שלילי", "übel", "плохо", "κακό", "kötü", "tab\tand\nline", "\u200bzero", "−½ …"]
+    plots.confusion(np.eye(len(names), dtype=int), names)
+    assert not fonts and capsys.readouterr().out == ""
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_font_of_the_computer_is_used_for_what_the_usual_one_lacks(
+    drawn: Callable, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    stix = FT2Font(font_manager.findfont("STIXGeneral")).get_charmap()
+    letter = next(chr(code) for code in sorted(set(stix) - set(ours)) if chr(code).isalpha())
+    figure = drawn(lambda: plots.confusion(np.eye(2, dtype=int), [f"a {letter}", "b"]))
+    kept = plots.Figure(figure, "alt", pd.DataFrame())
+    label, other = figure.axes[0].get_yticklabels()
+    paths = [font_manager.findfont(font_manager.FontProperties(family=[family])) for family in label.get_fontfamily()]
+    assert any(ord(letter) in FT2Font(path).get_charmap() for path in paths)
+    assert len(other.get_fontfamily()) == 1
+    assert len(kept.png) > 1000 and capsys.readouterr().out == "" and not caplog.records
+
+
+@pytest.mark.filterwarnings("error")
+def test_chinese_japanese_and_korean_are_drawn_with_the_pinned_font(
+    fonts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    boxes = plots.confusion(np.eye(3, dtype=int), ["好评", "ひらがな", "한국어"]).png
+    assert "cjk-font" in capsys.readouterr().out
+    monkeypatch.undo()
+    if registry.offline() and not registry.is_cached("cjk-font"):
+        pytest.skip("FTKIT_OFFLINE is set and cjk-font is not cached")
+    forget_fonts()
+    assert plots.confusion(np.eye(3, dtype=int), ["好评", "ひらがな", "한국어"]).png != boxes
+    assert capsys.readouterr().out == "" and not caplog.records

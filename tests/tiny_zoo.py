@@ -1,10 +1,13 @@
 """A tiny random network of nearly every classifier class of transformers, and a batch for it."""
 
+import copy
+import functools
 import inspect
 from typing import Any
 
 import torch
 import transformers as t
+from tiny_models import disturb
 from torch import Tensor
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -48,7 +51,7 @@ _FIELDS = {
         64,
     ),
     "image_size": IMAGE, "input_size": IMAGE,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
 _DERIVED = ("hidden_size", "num_layers", "num_hidden_layers", "num_attention_heads")  # from other fields
@@ -70,10 +73,14 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     }},
     "esmc": {"num_key_value_heads": 2}, "falcon": {"head_dim": None},
     "funnel": {"num_hidden_layers": None, "block_sizes": [1, 2], "block_repeats": [1, 1]},
+    "gptj": {"rotary_dim": 4}, "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lilt": {"hidden_size": 24}, "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "reformer": {
         "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [8, 8], "attn_layers": ["local", "lsh"],
-        "num_hidden_layers": None,
+        "num_hidden_layers": None, **dict.fromkeys(
+            ("hidden_dropout_prob", "local_attention_probs_dropout_prob", "lsh_attention_probs_dropout_prob"), 0.0
+        ),
     },
     "xlnet": {"max_position_embeddings": None}, "zamba": _HYBRID, "zamba2": _HYBRID,
     "bit": {**_STAGES, "num_groups": 2}, "convnext": _STAGES, "convnextv2": _STAGES,
@@ -86,13 +93,15 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
         }.items()},
         "cls_token": [False, True],
     },
-    "donut-swin": _SWIN, "swin": _SWIN, "swinv2": _SWIN,
+    "dinat": _SWIN, "donut-swin": _SWIN, "swin": _SWIN, "swinv2": _SWIN,
     "efficientnet": {
-        "kernel_sizes": [3, 3], "in_channels": [16, 16], "out_channels": [16, 16], "strides": [1, 2],
-        "num_block_repeats": [1, 2], "expand_ratios": [1, 2], "hidden_dim": 16, "width_coefficient": 1.0,
+        "kernel_sizes": [3, 3], "in_channels": [32, 16], "out_channels": [16, 16], "strides": [1, 2],
+        "num_block_repeats": [1, 2], "expand_ratios": [1, 2], "hidden_dim": 1280, "width_coefficient": 1.0,
         "depth_coefficient": 1.0,
     },
-    "focalnet": {"embed_dim": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "focal_levels": [2, 2], "focal_windows": [3, 3]},
+    "focalnet": {
+        "embed_dim": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "focal_levels": [2, 2], "focal_windows": [3, 3],
+    },
     "hgnet_v2": {
         "hidden_sizes": [16, 16], "depths": [1, 2], "stem_channels": [3, 8, 16], "stage_in_channels": [16, 16],
         "stage_mid_channels": [8, 8], "stage_out_channels": [16, 16], "stage_num_blocks": [1, 1],
@@ -109,10 +118,13 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "mobilenet_v1": {"depth_multiplier": 0.05}, "mobilenet_v2": {"depth_multiplier": 0.05},
     "mobilevit": {"hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8] * 7},
-    "mobilevitv2": {"n_attn_blocks": [1, 1, 1], "base_attn_unit_dims": [16, 16, 16], "width_multiplier": 0.1},
+    "mobilevitv2": {
+        "n_attn_blocks": [1, 1, 1], "base_attn_unit_dims": [16, 16, 16], "width_multiplier": 0.1, "image_size": 64,
+    },
     "poolformer": {**_PYRAMID, "padding": [2, 1], "patch_sizes": [7, 3], "mlp_ratios": [2, 2]},
     "pp_lcnet": {
-        "block_configs": [[[3, 16, 16, 1, False]]] * 4 + [[[3, 16, 16, 2, True]]], "class_expand": 16, "stem_channels": 16,
+        "block_configs": [[[3, 16, 16, 1, False]]] * 4 + [[[3, 16, 16, 2, True]]],
+        "class_expand": 16, "stem_channels": 16,
     },
     "pvt": {**_PYRAMID, "patch_sizes": [4, 2], "sequence_reduction_ratios": [2, 1]},
     "pvt_v2": {**_PYRAMID, "image_size": IMAGE}, "segformer": _PYRAMID,
@@ -123,7 +135,8 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
         "conv_layer_strides": [[2], [2, 1]], "hidden_sizes": [16, 16, 16], "stem_out_channels": 16,
     },
     "qwen3_next": _LINEAR_HYBRID, "qwen3_5_text": _LINEAR_HYBRID,
-    "markuplm": {"max_depth": 4, "tag_pad_id": 0, "subs_pad_id": 0}, "layoutlmv3": {"coordinate_size": 2, "shape_size": 4},
+    "markuplm": {"max_depth": 4, "tag_pad_id": 0, "subs_pad_id": 0},
+    "layoutlmv3": {"coordinate_size": 2, "shape_size": 4},
     "perceiver": {"num_self_attention_heads": 1, "num_cross_attention_heads": 1},
     "diffllama": {"num_key_value_heads": 2},
 }  # fmt: skip
@@ -149,21 +162,32 @@ def _tiny_config(kind: type[t.PreTrainedConfig]) -> t.PreTrainedConfig:
     return kind(**{key: value for key, value in values.items() if value is not None})
 
 
-def make_any(name: str, seed: int = 0) -> t.PreTrainedModel:
-    """A random classifier of a class, in eval mode."""
+@functools.cache
+def _make(name: str) -> t.PreTrainedModel:
     kind = getattr(t, name)
     config = _tiny_config(kind.config_class)
-    config.num_labels = CLASSES
-    torch.manual_seed(seed)
-    return kind(config).eval()
+    config.num_labels, config.decoder_start_token_id = CLASSES, 1
+    torch.manual_seed(0)
+    return disturb(kind(config).eval())
 
 
-def make_batch(model: t.PreTrainedModel) -> dict[str, Tensor]:
+def make_any(name: str) -> t.PreTrainedModel:
+    """A random classifier of a class, in eval mode.
+
+    Raises:
+        ImportError: it needs a library that is not installed.
+    """
+    return copy.deepcopy(_make(name))
+
+
+def make_any_batch(model: t.PreTrainedModel) -> dict[str, Tensor]:
     """Rows of 7 tokens, or of images, and their classes."""
     generator = torch.Generator().manual_seed(1)
     labels = {"labels": torch.tensor([0, 1, 2, 1])}
     if "input_ids" in inspect.signature(model.forward).parameters or "Sequence" in type(model).__name__:
-        ids = torch.randint(5, VOCABULARY, (4, 7), generator=generator)
+        length = 64 if model.config.model_type == "reformer" else 7  # all that its positions allow
+        ids = torch.randint(5, VOCABULARY, (4, length), generator=generator)
         ids[:, -1] = 2  # BART and T5 classify from the end token
         return {model.main_input_name: ids, "attention_mask": torch.ones_like(ids), **labels}
-    return {"pixel_values": torch.randn(4, 3, IMAGE, IMAGE, generator=generator), **labels}
+    size = 64 if "MobileViTV2" in type(model).__name__ else IMAGE
+    return {"pixel_values": torch.randn(4, 3, size, size, generator=generator), **labels}

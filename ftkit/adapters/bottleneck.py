@@ -4,13 +4,19 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ftkit.models import architecture
-from ftkit.models.loading import class_names, name_classes
+from ftkit.models.loading import (
+    BOTTLENECK_FILE,
+    add_new_weights,
+    class_names,
+    name_classes,
+    new_weights,
+    report_random_weights,
+)
 from ftkit.models.modules import seeded
 
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
@@ -41,9 +47,23 @@ class Bottleneck(nn.Module):
 
 
 def adapted_layers(model: PreTrainedModel, kind: str) -> list[str]:
-    """Names of the layers whose output an adapter changes; see ``add_adapters`` for the kinds."""
+    """Names of the layers whose output an adapter changes; see ``add_adapters`` for the kinds.
+
+    Raises:
+        ValueError: the blocks cannot be read, or such a layer is not as wide as the model.
+    """
     attention, feed_forward = architecture.block_outputs(model)
-    return attention + feed_forward if kind == "houlsby" else feed_forward
+    names = attention + feed_forward if kind == "houlsby" else feed_forward
+    width = getattr(model.config, "hidden_size", None)
+    for name in names:
+        layer = model.get_submodule(name)
+        outputs = architecture.linear_shape(getattr(layer, "base_layer", layer))[1]
+        if outputs != width:
+            raise ValueError(
+                f"The layer {name} of {type(model).__name__} has {outputs} outputs, but the hidden size of its config "
+                f"is {width}, so an adapter does not fit: use add_lora."
+            )
+    return names
 
 
 def make_adapters(model: PreTrainedModel, number: int, width: int, activation: str, seed: int) -> nn.ModuleList:
@@ -61,7 +81,7 @@ def make_adapters(model: PreTrainedModel, number: int, width: int, activation: s
     return adapters.to(model.device, model.dtype).train(model.training)
 
 
-_SETTINGS_FILE, _WEIGHTS_FILE = "bottleneck.json", "bottleneck.safetensors"
+_WEIGHTS_FILE = "bottleneck.safetensors"
 
 
 def add_adapters(
@@ -118,7 +138,9 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def save_bottleneck(model: PreTrainedModel, folder: str | Path) -> Path:
-    """Save only what training changed: the adapters, the head and, for "houlsby", the layer norms.
+    """Save only what the base's checkpoint lacks: the adapters, the head and, for "houlsby", the layer norms.
+
+    Weights of the base that were not in its checkpoint, such as a pooler that started at random, are saved too.
 
     Args:
         model: a model from ``add_adapters``.
@@ -146,9 +168,12 @@ def save_bottleneck(model: PreTrainedModel, folder: str | Path) -> Path:
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in _saved_tensors(model, kind).items()}
+    # cloned, since a safetensors file refuses weights that share their memory
+    names = _changed_weights(model, kind) | new_weights(model)
+    state = model.state_dict()
+    tensors = {name: state[name].contiguous().clone() for name in sorted(names & state.keys())}
     save_file(tensors, folder / _WEIGHTS_FILE)
-    (folder / _SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    (folder / BOTTLENECK_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     return folder
 
 
@@ -167,11 +192,11 @@ def load_bottleneck(model: PreTrainedModel, folder: str | Path) -> PreTrainedMod
             model is then left unchanged.
     """
     folder = Path(folder)
-    if not (folder / _SETTINGS_FILE).is_file():
+    if not (folder / BOTTLENECK_FILE).is_file():
         raise ValueError(
             f"There are no saved adapters in {str(folder)!r}: give the folder that save_bottleneck() returned."
         )
-    settings: dict[str, Any] = json.loads((folder / _SETTINGS_FILE).read_text("utf-8"))
+    settings: dict[str, Any] = json.loads((folder / BOTTLENECK_FILE).read_text("utf-8"))
     labels = settings["labels"]
     if settings["architecture"] != type(model).__name__:
         raise ValueError(
@@ -186,14 +211,18 @@ def load_bottleneck(model: PreTrainedModel, folder: str | Path) -> PreTrainedMod
     weights = load_file(folder / _WEIGHTS_FILE)
     kind, end = settings["kind"], ".adapter.up.bias"
     sizes = {name.removesuffix(end): len(weight) for name, weight in weights.items() if name.endswith(end)}
-    if sizes != dict.fromkeys(adapted_layers(model, kind), model.config.hidden_size):
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    base_weights = {name for name in weights if ".adapter." not in name}
+    changed = _changed_weights(model, kind)
+    fits = base_weights >= changed and all(shapes.get(name) == weights[name].shape for name in base_weights)
+    if sizes != dict.fromkeys(adapted_layers(model, kind), model.config.hidden_size) or not fits:
         raise ValueError(
             f"The adapters in {str(folder)!r} are for a model with other layers: load the model they were trained with."
         )
     add_adapters(model, settings["width"], kind=kind, activation=settings["activation"])
-    with torch.no_grad():
-        for name, tensor in _saved_tensors(model, kind).items():
-            tensor.copy_(weights[name])
+    model.load_state_dict(weights, strict=False)
+    report_random_weights(model, base_weights, folder)
+    add_new_weights(model, base_weights - changed)
     name_classes(model.config, labels)
     return model
 
@@ -207,8 +236,8 @@ def _norm_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if type(module).__name__.endswith(("LayerNorm", "RMSNorm"))]
 
 
-def _saved_tensors(model: PreTrainedModel, kind: str) -> dict[str, Tensor]:
-    """Weights to save, by name: adapters, head and, for "houlsby", layer norms."""
+def _changed_weights(model: PreTrainedModel, kind: str) -> set[str]:
+    """Names of the weights that training changes: adapters, head and, for "houlsby", layer norms."""
     parts = adapter_names(model) + architecture.head_names(model) + (_norm_names(model) if kind == "houlsby" else [])
     prefixes = tuple(f"{part}." for part in parts)
-    return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
+    return {name for name in model.state_dict() if name.startswith(prefixes)}

@@ -3,25 +3,38 @@
 import copy
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ftkit.errors import did_you_mean, first_line
+from ftkit.errors import ModelError, did_you_mean, first_line
 from ftkit.models import architecture
-from ftkit.models.loading import check_dropout, class_names, name_classes
+from ftkit.models.loading import (
+    ADAPTER_FILE,
+    add_new_weights,
+    check_dropout,
+    class_names,
+    name_classes,
+    new_weights,
+    report_random_weights,
+)
 from ftkit.models.modules import seeded
 
 # peft 0.21 reads a property that transformers has renamed; a reader cannot change that
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 _LABELS_FILE = "labels.json"  # peft's own files do not name the classes
+
+_PEFT_PREFIX = "base_model.model."  # of the names in peft's files
 
 
 def add_lora(
@@ -99,6 +112,13 @@ def add_ia3(model: PreTrainedModel | PeftModel, *, name: str = "default") -> Pef
     """
     base = _base(model)
     feed_forward = architecture.block_outputs(base)[1]
+    keys, values = (architecture.layers_called(base, names) for names in (architecture.KEYS, architecture.VALUES))
+    for path in architecture.block_paths(base):
+        if not all(any(name.startswith(f"{path}.") for name in names) for names in (keys, values)):
+            raise ValueError(
+                f"The key and value layers of {type(base).__name__} are not known: use add_lora with "
+                "targets='all-linear', which does not need them."
+            )
     names = architecture.layers_called(base, [*architecture.KEYS, *architecture.VALUES])
     config = IA3Config(
         target_modules=names + feed_forward,
@@ -132,6 +152,7 @@ def save_adapter(model: PeftModel, folder: str | Path) -> Path:
     """Save the active adapter or soft prompt with its head in peft's format, and the names of its classes.
 
     Plain peft can load it: ``PeftModel.from_pretrained(base, folder)``. A language model's adapter has no classes.
+    Weights of the base that were not in its checkpoint, such as a pooler that started at random, are saved too.
 
     Args:
         model: a peft model.
@@ -142,13 +163,17 @@ def save_adapter(model: PeftModel, folder: str | Path) -> Path:
         that name, as in peft.
 
     Raises:
+        ModelError: the folder holds a whole model.
         OSError: the folder cannot be created or written.
     """
     name = model.active_adapter
     target = Path(folder) if name == "default" else Path(folder) / name
+    if (target / "config.json").is_file():  # with the adapter beside it, transformers would load both together
+        raise ModelError(f"The folder {str(target)!r} holds a model already: save the adapter in another folder.")
     target.mkdir(parents=True, exist_ok=True)
     # False, since peft would ask the hub whether the vocabulary has grown and the embeddings must be saved too
     model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+    _save_new_weights(_base(model), target / SAFETENSORS_WEIGHTS_NAME)
     if architecture.head_names(_base(model)):
         (target / _LABELS_FILE).write_text(json.dumps(class_names(model.config)) + "\n", encoding="utf-8")
     else:
@@ -169,10 +194,10 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, *, name
 
     Raises:
         ValueError: the folder has no adapter, the adapter is for another architecture or number of classes, or the
-            name is taken.
+            name is taken; or the model's other adapters were trained over other random weights of the base.
     """
     folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_FILE).is_file():
         raise ValueError(f"There is no saved adapter in {str(folder)!r}: give the folder that save_adapter() returned.")
     labels = json.loads((folder / _LABELS_FILE).read_text("utf-8")) if (folder / _LABELS_FILE).is_file() else None
     if labels is not None and len(labels) != len(class_names(model.config)):
@@ -182,9 +207,12 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, *, name
         )
     _require_free(model, name)
     # peft refuses is_trainable for soft prompts, since P-tuning does not save its network; the embeddings still train
-    trainable = not PeftConfig.from_pretrained(folder).is_prompt_learning
+    config = PeftConfig.from_pretrained(folder)
+    trainable = not config.is_prompt_learning
     try:
+        of_base = _saved_base_weights(_base(model), folder / SAFETENSORS_WEIGHTS_NAME, config)
         if isinstance(model, PeftModel):
+            _require_same_base(_base(model), of_base)
             model.load_adapter(folder, name, is_trainable=trainable)
             model.set_adapter(name)
             loaded = model
@@ -195,6 +223,8 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, *, name
             f"The adapter in {str(folder)!r} does not fit {type(_base(model)).__name__} ({first_line(error)}): "
             "load a fresh copy of the model it was trained with."
         ) from error
+    report_random_weights(_base(loaded), of_base, folder)
+    add_new_weights(_base(loaded), of_base)
     if labels is not None:
         name_classes(loaded.config, labels)
     return loaded
@@ -225,6 +255,49 @@ def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def _base_weights(base: PreTrainedModel) -> dict[str, Tensor]:
+    """The base's weights by the names that they had before peft wrapped layers; heads that peft has copied are not."""
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items()}
+
+
+def _save_new_weights(base: PreTrainedModel, file: Path) -> None:
+    """Add the weights that are not in the base's checkpoint to an adapter's file, from which peft loads them too."""
+    new = {name: tensor for name, tensor in _base_weights(base).items() if name in new_weights(base)}
+    if not new:
+        return
+    saved = load_file(file)
+    wrapped = {key.rpartition(".lora_")[0] or key.rpartition(".ia3_")[0] for key in saved}
+    for name, tensor in new.items():
+        layer, _, last = f"{_PEFT_PREFIX}{name}".rpartition(".")
+        # cloned, since a safetensors file refuses weights that share their memory
+        saved[f"{layer}.base_layer.{last}" if layer in wrapped else f"{layer}.{last}"] = tensor.contiguous().clone()
+    save_file(saved, file, metadata={"format": "pt"})
+
+
+def _saved_base_weights(base: PreTrainedModel, file: Path, config: PeftConfig) -> dict[str, Tensor]:
+    """Weights of the base in an adapter's file, by the names of ``_base_weights``."""
+    if not file.is_file():  # peft also reads an older kind of file, which save_adapter never wrote
+        return {}
+    own = [f".{name}." for name in config.modules_to_save or []]  # the head, and what peft trains as a whole
+    saved = {
+        key.removeprefix(_PEFT_PREFIX).replace(".base_layer.", "."): tensor for key, tensor in load_file(file).items()
+    }
+    names = _base_weights(base).keys() & saved.keys()
+    return {name: saved[name] for name in sorted(names) if not any(part in f".{name}" for part in own)}
+
+
+def _require_same_base(base: PreTrainedModel, saved: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter that would change the base below the other adapters of a model.
+
+    Raises:
+        ValueError: the adapter was trained over a base with other random weights.
+    """
+    weights = _base_weights(base)
+    other = [name for name, tensor in saved.items() if not torch.equal(weights[name].cpu(), tensor)]
+    if other:
+        raise ValueError(f"which has adapters over another {other[0]}")
+
+
 def _task(base: PreTrainedModel) -> dict[str, Any]:
     """Options that make peft train and save the head, whatever its name, and keep the signature of ``forward``."""
     endings = {
@@ -243,6 +316,8 @@ def _task(base: PreTrainedModel) -> dict[str, Any]:
 def _find_targets(base: PreTrainedModel, targets: str | Sequence[str] | None) -> list[str]:
     """Resolve ``targets`` to names of layers for peft."""
     layers = architecture.linear_layers(base)
+    if not layers:
+        raise ValueError(f"{type(base).__name__} has no linear layers that learn below its head: use freeze instead.")
     if targets == "all-linear":
         return list(layers)
     if isinstance(targets, str):
@@ -250,17 +325,19 @@ def _find_targets(base: PreTrainedModel, targets: str | Sequence[str] | None) ->
     last_parts = sorted({name.split(".")[-1] for name in layers})
     if targets is None:
         names = [name for name in last_parts if name in {*architecture.QUERIES, *architecture.VALUES}]
-        if not names:
+        if any(set(names).isdisjoint(kind) for kind in (architecture.QUERIES, architecture.VALUES)):
             raise ValueError(
                 f"The query and value layers of {type(base).__name__} are not known: "
                 f"give targets, choosing from {', '.join(last_parts)}, or 'all-linear'."
             )
-        return names
+        found = architecture.layers_called(base, names)
+        same_names = {name for name, _ in base.named_modules() if name.split(".")[-1] in names}
+        return names if same_names == set(found) else found  # peft would take layers that cannot learn, too
     for target in targets:
         if not architecture.layers_called(base, [target]):
-            hint = f" ({did_you_mean(target, last_parts)})" if last_parts else ""
             raise ValueError(
-                f"{type(base).__name__} has no linear layer {target!r} below its head{hint}: "
+                f"{type(base).__name__} has no linear layer {target!r} below its head "
+                f"({did_you_mean(target, last_parts)}): "
                 f"choose from {', '.join(last_parts)}, or 'all-linear'."
             )
     if not targets:

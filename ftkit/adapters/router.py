@@ -86,7 +86,8 @@ class RoutedTask(nn.Module):
     @property
     def config(self) -> PreTrainedConfig:
         config = copy.deepcopy(self.base.config)
-        config.num_labels = _last_linear(self.head)[1].out_features
+        num_labels = _last_linear(self.head)[1].out_features
+        config.id2label = {i: f"LABEL_{i}" for i in range(num_labels)}  # the names of the base are of its own task
         return config
 
     def forward(self, **batch: Tensor) -> Any:

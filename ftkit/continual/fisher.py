@@ -90,7 +90,8 @@ def _add_batch(
         log_p = model(**batch).logits.float().log_softmax(-1)
     if by_layer:
         used = [id(p) for layer, _, _ in recorder.calls for p in layer.parameters(recurse=False) if p in totals]
-        if sorted(used) != sorted(map(id, totals)) or any(len(out) != len(indices) for _, _, out in recorder.calls):
+        whole = all(len(output) == len(indices) and output.requires_grad for _, _, output in recorder.calls)
+        if sorted(used) != sorted(map(id, totals)) or not whole:
             return False
     wanted = [output for _, _, output in recorder.calls] if by_layer else list(totals)
     targets = _targets(log_p.detach().exp(), labels, kind, rng)

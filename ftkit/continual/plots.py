@@ -7,27 +7,32 @@ import numpy as np
 import pandas as pd
 
 from ftkit.continual.accuracy_matrix import AccuracyMatrix
-from ftkit.plots import COLOURS, STYLE, Figure
+from ftkit.plots import COLOURS, STYLE, Figure, log_axis, look, short, side_legend, ticks
 
-_MARKERS = "osD^v<>"
+_MAX_TASKS_WITH_NUMBERS = 20  # in a larger heat map the numbers do not fit into the cells
 
 _REFERENCES = ({"marker": "*", "color": "black"}, {"marker": "*", "color": "0.55"}, {"marker": "P", "color": "black"})
 
 
 def heat_map(matrix: AccuracyMatrix) -> Figure:
-    """Draw the accuracy on each task (column) before training and after each task (row); the task itself is framed."""
+    """Draw the accuracy on each task (column) before training and after each task (row); the task itself is framed.
+
+    With more than 20 tasks, the cells have no numbers, and not every task has a label.
+    """
     values = np.vstack([matrix.b, matrix.R])
     stages = ["untrained", *(f"after {name}" for name in matrix.names)]
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, ax = plt.subplots(figsize=(2.6 + 1.1 * len(matrix.names), 1.6 + 0.5 * len(stages)))
+        width, height = min(1.1 * len(matrix.names), 12), min(0.5 * len(stages), 10)
+        figure, ax = plt.subplots(figsize=(2.6 + width, 1.6 + height))
         ax.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        for (i, j), value in np.ndenumerate(values):
-            ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "black")
+        if len(matrix.names) <= _MAX_TASKS_WITH_NUMBERS:
+            for (i, j), value in np.ndenumerate(values):
+                ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "black")
         for j in range(len(matrix.names)):
             frame = plt.Rectangle((j - 0.5, j + 0.5), 1, 1, fill=False, edgecolor=COLOURS[1], lw=2.5)
             ax.add_patch(frame)
-        ax.set(xticks=range(len(matrix.names)), yticks=range(len(stages)), yticklabels=stages)
-        ax.set_xticks(range(len(matrix.names)), matrix.names, rotation=30, ha="right")
+        ax.set_yticks(*ticks(stages))
+        ax.set_xticks(*ticks(matrix.names), rotation=30, ha="right")
         ax.set(xlabel="accuracy on (framed: just learned)", ylabel="measured")
     summary = ", ".join(
         f"{name} {own:.2f} when learned, {last:.2f} in the end"
@@ -44,12 +49,11 @@ def over_time(matrix: AccuracyMatrix) -> Figure:
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=(7.5, 3.8))
         for j, name in enumerate(matrix.names):
-            colour, marker = COLOURS[j % len(COLOURS)], _MARKERS[j % len(_MARKERS)]
-            ax.plot(range(len(stages)), values[:, j], f"{marker}-", color=colour, markersize=4, lw=1.4, label=name)
-            ax.plot(j + 1, values[j + 1, j], marker, color=colour, markersize=10)
-        ax.set_xticks(range(len(stages)), stages, rotation=20, ha="right")
+            ax.plot(range(len(stages)), values[:, j], markersize=4, lw=1.4, label=short(name), **look(j))
+            ax.plot(j + 1, values[j + 1, j], markersize=10, **look(j))
+        ax.set_xticks(*ticks(stages), rotation=20, ha="right")
         ax.set(xlabel="after training on (large mark: just learned)", ylabel="accuracy", ylim=(0, 1.03))
-        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        side_legend(ax)
     summary = "; ".join(
         f"{name} {', '.join(f'{value:.2f}' for value in values[:, j])}" for j, name in enumerate(matrix.names)
     )
@@ -70,17 +74,17 @@ def plane(points: pd.DataFrame, *, reference: Mapping[str, tuple[float, float]] 
         figure, ax = plt.subplots(figsize=(7.5, 4.6))
         for i, (name, curve) in enumerate(points.groupby("strategy", sort=False)):
             curve = curve.sort_values("strength")
-            style = _style(i)
-            ax.plot(curve["new"], curve["old"], lw=1.2, markersize=5, label=str(name).replace("_", " "), **style)
+            label = short(str(name).replace("_", " "), 60)
+            ax.plot(curve["new"], curve["old"], lw=1.2, markersize=5, label=label, **look(i))
             weak, strong = curve.iloc[0], curve.iloc[-1]
             for end in [weak] if len(curve) == 1 else [weak, strong]:
                 place = (end["new"], end["old"])
                 ax.annotate(f"{end['strength']:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
         for i, (name, (new, old)) in enumerate(reference.items()):
             style = _REFERENCES[i % len(_REFERENCES)]
-            ax.plot(new, old, linestyle="", markersize=13, label=name.replace("_", " "), **style)
+            ax.plot(new, old, linestyle="", markersize=13, label=short(name.replace("_", " "), 60), **style)
         ax.set(xlabel="accuracy on the task just learned", ylabel="accuracy on the tasks learned before")
-        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        side_legend(ax)
     summary = [
         f"{str(name).replace('_', ' ')}: "
         + ", ".join(f"at {p.strength:g} new {p.new:.2f} old {p.old:.2f}" for p in curve.itertuples())
@@ -103,18 +107,13 @@ def dots(runs: pd.DataFrame, x: str, y: str, *, xlabel: str) -> Figure:
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=(7.5, 4))
         for i, (name, rows) in enumerate(runs.groupby("strategy", sort=False)):
-            ax.scatter(rows[x], rows[y], s=26, label=str(name).replace("_", " "), **_style(i))
-        ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
-        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+            ax.scatter(rows[x], rows[y], s=26, label=short(str(name).replace("_", " "), 60), **look(i))
+        log_axis(ax, runs[x])
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        side_legend(ax)
     summary = ", ".join(
         f"{str(name).replace('_', ' ')} {mean[y]:.2f} at {mean[x]:.3g}"
         for name, mean in runs.groupby("strategy", sort=False)[[x, y]].mean().iterrows()
     )
     alt = f"{ylabel[0].upper()}{ylabel[1:]} by {xlabel}, {len(runs)} runs; means: {summary}."
     return Figure(figure, alt, runs[["strategy", x, y]].set_index("strategy"))
-
-
-def _style(i: int) -> dict[str, str]:
-    """Choose colour and marker of the i-th strategy; when colours repeat, their markers differ."""
-    repeats = i // len(COLOURS)
-    return {"marker": _MARKERS[(i + repeats) % len(_MARKERS)], "color": COLOURS[i % len(COLOURS)]}

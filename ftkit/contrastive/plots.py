@@ -1,6 +1,7 @@
 """Figures of pairs, similarities, embeddings and recall."""
 
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -11,15 +12,17 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.decomposition import PCA
 
 from ftkit.data.pairs import Pairs
-from ftkit.plots import COLOURS, STYLE, Figure
-
-_MAX_TICK_LABEL = 32  # characters of a caption beside a heat map
+from ftkit.plots import COLOURS, STYLE, Figure, look, short, side_legend, ticks
 
 _MAX_PAIRS_WITH_NUMBERS = 8  # in a larger heat map the numbers do not fit into the cells
 
 _IMAGE_SHARE = 0.85  # width of the image above a column, in widths of the column
 
+_MAX_PAIRS_WITH_IMAGES = 40  # in a larger heat map the images above the columns are too small to be seen
+
 _MAX_CAPTIONS_IN_ALT = 12
+
+_MAX_LINES = 6  # of a caption in a gallery
 
 
 def gallery(pairs: Pairs, *, columns: int = 6, titles: Sequence[str] | None = None) -> Figure:
@@ -38,7 +41,7 @@ def gallery(pairs: Pairs, *, columns: int = 6, titles: Sequence[str] | None = No
     titles = _check_count("titles", titles, len(pairs))
     columns = min(columns, len(pairs))
     rows = -(-len(pairs) // columns)
-    below = [textwrap.fill(caption, 20) for caption in pairs.captions]
+    below = [_wrap(caption) for caption in pairs.captions]
     lines = max(text.count("\n") + 1 for text in below)
     size = (1.7 * columns, (1.6 + 0.17 * lines + 0.25 * bool(titles)) * rows)
     with plt.rc_context({**STYLE, "axes.grid": False}):
@@ -47,9 +50,9 @@ def gallery(pairs: Pairs, *, columns: int = 6, titles: Sequence[str] | None = No
             ax.set_axis_off()
         for i, (ax, image, text) in enumerate(zip(grid.flat, pairs.images, below, strict=False)):
             ax.imshow(image)
-            ax.text(0.5, -0.04, text, transform=ax.transAxes, ha="center", va="top", fontsize=8, parse_math=False)
+            ax.text(0.5, -0.04, text, transform=ax.transAxes, ha="center", va="top", fontsize=8)
             if titles:
-                ax.set_title(titles[i], fontsize=9, parse_math=False)
+                ax.set_title(short(titles[i], 24), fontsize=9)
     names = [f"{title}: {caption}" for title, caption in zip(titles, pairs.captions, strict=True)] if titles else None
     table = pd.DataFrame({**({"title": titles} if titles else {}), "caption": pairs.captions})
     return Figure(drawn, f"Gallery of {len(pairs)} images: {_first_few(names or pairs.captions)}.", table)
@@ -73,24 +76,24 @@ def similarity(
     if values.shape != (count, count):
         raise ValueError(f"Similarities of shape {values.shape} do not fit {count} pairs: pass {count} × {count}.")
     low, high = limits or (values.min(), values.max())
-    cell = min(0.75, max(0.16, 6 / count))  # inches
+    cell = min(0.75, 6 / count)  # inches
     with plt.rc_context({**STYLE, "axes.grid": False}):
         drawn, ax = plt.subplots(figsize=(cell * count / 0.75, cell * count))
         shown = ax.imshow(values, cmap="Blues", vmin=low, vmax=high)
         for i in range(count):
             # smaller than the cell, or the frames of neighbours would overlap
-            frame = plt.Rectangle((i - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor=COLOURS[1], lw=2)
+            frame = plt.Rectangle(
+                (i - 0.46, i - 0.46), 0.92, 0.92, fill=False, edgecolor=COLOURS[1], lw=min(2, 12 * cell)
+            )
             ax.add_patch(frame)
-            _put_above(ax, pairs.images[i], i, _IMAGE_SHARE * 72 * cell)
+            if count <= _MAX_PAIRS_WITH_IMAGES:
+                _put_above(ax, pairs.images[i], i, _IMAGE_SHARE * 72 * cell)
         if count <= _MAX_PAIRS_WITH_NUMBERS:
             for (i, j), value in np.ndenumerate(values):
                 colour = "white" if value - low > 0.6 * (high - low) else "black"
                 ax.text(j, i, f"{value:z.2f}", ha="center", va="center", color=colour, fontsize=9)
-        ticks = [
-            text if len(text) <= _MAX_TICK_LABEL else f"{text[: _MAX_TICK_LABEL - 1].rstrip()}…"
-            for text in pairs.captions
-        ]
-        ax.set_yticks(range(count), ticks, fontsize=min(9, 45 * cell), parse_math=False)
+        positions, labels = ticks(pairs.captions)
+        ax.set_yticks(positions, labels, fontsize=min(9, 45 * 6 / len(labels)))
         ax.set(xticks=[], xlabel="image (framed: same pair)", ylabel="text")
         bar = drawn.colorbar(shown, ax=ax, fraction=0.05, pad=0.03, label=label)
         bar.outline.set_visible(False)
@@ -152,9 +155,9 @@ def space(
             ax.scatter(*points.T, s=marker_size, marker=marker, color=colour, alpha=0.85, label=name, zorder=2)
         ax.plot([], [], color="0.6", lw=1, label="a pair")
         ax.set(xlabel="first principal direction", ylabel="second principal direction")
-        ax.set_title(title, fontsize=11, parse_math=False)
+        ax.set_title(title, fontsize=11)
         ax.set_aspect("equal", adjustable="datalim")
-        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        side_legend(ax)
     within = np.linalg.norm(text - image, axis=1).mean()
     gap = np.linalg.norm(text.mean(axis=0) - image.mean(axis=0))
     alt = (
@@ -182,8 +185,7 @@ def recall(table: pd.DataFrame, *, xlabel: str, guessing: float | None = None) -
     with plt.rc_context(STYLE):
         drawn, ax = plt.subplots(figsize=(7.5, 3.8))
         for i, (name, column) in enumerate(zip(names, table.columns, strict=True)):
-            look = {"color": COLOURS[i % len(COLOURS)], "markersize": 6, "lw": 1.4}
-            ax.plot(positions, table[column], f"{'os^Dv<>'[i % 7]}-", label=name, **look)
+            ax.plot(positions, table[column], label=short(name), markersize=6, lw=1.4, **look(i))
         if guessing is not None:
             ax.axhline(guessing, color="0.6", zorder=0, label="guessing, at 5")
         if numeric:
@@ -191,9 +193,9 @@ def recall(table: pd.DataFrame, *, xlabel: str, guessing: float | None = None) -
             ax.set_xticks(positions, [f"{value:g}" for value in positions])
             ax.minorticks_off()
         else:
-            ax.set_xticks(positions, table.index, rotation=20 if len(table) > 4 else 0, parse_math=False)
+            ax.set_xticks(*ticks(table.index), rotation=20 if len(table) > 4 else 0)
         ax.set(xlabel=xlabel, ylabel="recall (share of the queries)", ylim=(0, 1.03))
-        ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        side_legend(ax)
     lines = [
         f"{name}: " + ", ".join(f"{_as_text(value)} {height:.2f}" for value, height in table[column].items())
         for name, column in zip(names, table.columns, strict=True)
@@ -201,6 +203,12 @@ def recall(table: pd.DataFrame, *, xlabel: str, guessing: float | None = None) -
     lines += [] if guessing is None else [f"guessing, at 5: {guessing:.2f}"]
     numbers = table.set_axis(names, axis=1).rename_axis(index=xlabel, columns=None)
     return Figure(drawn, f"Recall by {xlabel}. {'; '.join(lines)}.", numbers)
+
+
+def _wrap(caption: str) -> str:
+    """Break a caption into lines for below its image; letters of Chinese, Japanese and Korean are twice as wide."""
+    wide = any(unicodedata.east_asian_width(letter) in "WF" for letter in caption)
+    return textwrap.fill(caption, 12 if wide else 20, max_lines=_MAX_LINES, placeholder="…")
 
 
 def _put_above(ax: plt.Axes, image: NDArray[np.uint8], column: int, width: float) -> None:
@@ -220,7 +228,8 @@ def _check_count(what: str, texts: Sequence[str] | None, count: int) -> list[str
 def _first_few(texts: Sequence[str]) -> str:
     """The first texts, and how many more there are, for an alt text."""
     more = len(texts) - _MAX_CAPTIONS_IN_ALT
-    return "; ".join([*texts[:_MAX_CAPTIONS_IN_ALT], *([f"and {more} more"] if more > 0 else [])])
+    first = [short(text, 100) for text in texts[:_MAX_CAPTIONS_IN_ALT]]
+    return "; ".join([*first, *([f"and {more} more"] if more > 0 else [])])
 
 
 def _as_text(value: object) -> str:

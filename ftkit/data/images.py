@@ -53,8 +53,8 @@ def load_images(
     Args:
         source: "emoji", a folder with images and a .csv file of captions, or a hub data set ("owner/name" or
             "owner/name:config").
-        train: number of emoji or images for training; None for all.
-        validation, test: number of emoji or images for these splits; for a folder or a hub data set, the maximum.
+        train, validation, test: number of emoji or images for these splits; for a folder or a hub data set, the
+            maximum. None for all (`train` only).
         size: side of the images in pixels.
         language: language of the captions of emoji, one of ``ftkit.data.emoji.LANGUAGES``.
         inks: names of inks for emoji, from ``ftkit.data.emoji.INKS``; the captions name them.
@@ -71,7 +71,7 @@ def load_images(
         columns emoji, name, ink and group (may be None) for emoji, and the column file for a folder.
 
     Raises:
-        DataError: the source cannot be used as asked, has fewer rows than asked for, or has no use for an option.
+        DataError: the source cannot be used as asked, has fewer emoji than asked for, or has no use for an option.
         AssetError: the font of the emoji cannot be fetched.
     """
     for name, wanted in (("train", train), ("validation", validation), ("test", test)):
@@ -189,7 +189,8 @@ def _cut(
             spare += chosen[split][limits[split] :]
     chosen["train"] = shuffled + spare
     if limits["train"] is not None and limits["train"] > len(chosen["train"]):
-        raise DataError(f"{source} has {len(chosen['train']):,} training images: train={limits['train']} is too many.")
+        there = len(chosen["train"])
+        notes.append(f"train={limits['train']:,} asked for, but only {there:,} training images are there")
     splits = {}
     for split in ("train", "validation", "test"):
         origin = split if own[split] else "train"

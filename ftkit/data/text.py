@@ -1,7 +1,11 @@
 """Classified texts as train, validation and test splits, cleaned and tokenised."""
 
+import math
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -11,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ftkit.data import text_readers
 from ftkit.data.assets import registry
+from ftkit.data.tables import FILE_TYPES, in_brief
 from ftkit.data.text_readers import SPLITS
 from ftkit.errors import DataError, did_you_mean
 
@@ -20,7 +25,11 @@ _MAX_CLASSES = 200
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 
-_FILE_SUFFIXES = {*text_readers.FILE_TYPES, ".txt", ".xls", ".xlsx", ".ods", ".zip", ".gz"}
+_FILE_SUFFIXES = {*FILE_TYPES, ".txt", ".xls", ".ods", ".zip", ".gz"}
+
+_MISSING = {"nan", "na", "n/a", "#n/a", "<na>", "nat", "null", "none"}  # how programs write a missing value
+
+_MAX_UNKNOWN = 0.05  # share of unknown tokens that is worth a word
 
 
 def load_text(
@@ -41,11 +50,12 @@ def load_text(
     first 100 of `train=1000`, and the first N rows of a split, for every N, have nearly the class shares of the
     whole split. White space around a text is removed. Four kinds of rows are dropped: rows without text or label,
     repeated texts, texts that appear with several labels, and training rows whose text is also in a published
-    validation or test split.
+    validation or test split. The type of a column is that of all rows together: a column that is empty is left out,
+    and one whose values have no common type becomes strings.
 
     Args:
-        source: an asset, a hub data set ("owner/name" or "owner/name:config"), or a CSV, TSV, JSON Lines or
-            Parquet file.
+        source: an asset, a hub data set ("owner/name" or "owner/name:config"), or a CSV, TSV, JSON, JSON Lines,
+            Parquet or Excel file, which may be compressed with gzip.
         train, validation, test: number of rows of each split; None for all.
         seed: decides which rows go to which split, and their order.
         text, label: names of the columns; None to guess them.
@@ -59,12 +69,16 @@ def load_text(
         AssetError: the asset cannot be fetched.
     """
     table, notes, card = _read(source, text, label)
-    table, names, incomplete = _clean(table, str(source))
-    table, served = _published_splits(table, str(source))
-    table, repeated = _deduplicate(table)
-    splits, small = _split(table, names, np.random.default_rng(seed), str(source))
+    try:
+        table, repaired = _settle_types(table)
+        table, names, said, incomplete = _clean(table, str(source))
+        table, served = _published_splits(table, str(source))
+        table, repeated = _deduplicate(table)
+        splits, small = _split(table, names, np.random.default_rng(seed), str(source))
+    except DataError as error:
+        raise _with_guesses(error, notes) from None
     dropped = ", ".join(incomplete + repeated)
-    notes += [*served, *([f"dropped {dropped}"] if dropped else []), *small]
+    notes += [*repaired, *said, *served, *([f"dropped {dropped}"] if dropped else []), *small]
     sizes = []
     for split, rows in (("train", train), ("validation", validation), ("test", test)):
         there = len(splits[split])
@@ -73,7 +87,8 @@ def load_text(
         splits[split] = splits[split].head(rows or there)
         sizes.append(f"{rows:,} of {there:,} {split}" if rows else f"{there:,} {split}")
     print(f"{source}: {'; '.join(notes)}; {' / '.join(sizes)}")
-    return datasets.DatasetDict({split: _make_dataset(splits[split], names, card, split) for split in SPLITS})
+    whole = _make_dataset(table, names, card)
+    return datasets.DatasetDict({split: _take(whole, splits[split].index, split) for split in SPLITS})
 
 
 def _read(source: str | Path, text: str | None, label: str | None) -> text_readers.Reading:
@@ -90,11 +105,57 @@ def _read(source: str | Path, text: str | None, label: str | None) -> text_reade
     )
 
 
-def _clean(table: pd.DataFrame, source: str) -> tuple[pd.DataFrame, list[str], list[str]]:
-    """Strip texts, turn labels into codes and drop incomplete rows; also return the class names and notes."""
+def _with_guesses(error: DataError, notes: list[str]) -> DataError:
+    """Say in the message of a failed load which columns were guessed."""
+    guesses = [note.partition(f" {text_readers.GUESSED}")[0] for note in notes if text_readers.GUESSED in note]
+    if not guesses:
+        return error
+    return DataError(
+        f"{str(error).removesuffix('.')}; guessed were {' and '.join(guesses)}, so name others if they are wrong, "
+        "with `text=NAME` and `label=NAME` (`-p text=NAME -p label=NAME` on the command line)."
+    )
+
+
+def _settle_types(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Give each column one type that holds the values of all rows; leave out empty columns besides text and label."""
+    columns, notes, empty = {}, [], []
+    for name, column in table.items():
+        if name not in ("text", "label") and column.isna().all():
+            empty.append(f"'{name}'")
+            continue
+        columns[name] = column
+        if pd.api.types.infer_dtype(column) == "string":
+            continue
+        try:
+            datasets.Dataset.from_pandas(column.to_frame(), preserve_index=False)
+        except Exception as error:  # pandas, pyarrow and datasets refuse values in many ways
+            if name == "label":  # becomes strings in any case, with notes of its own
+                continue
+            columns[name] = column.astype(object).map(str, na_action="ignore")
+            what = "numbers of more than 64 bits" if isinstance(error, OverflowError) else "values of several types"
+            notes.append(f"column '{name}' holds {what}, all read as strings")
+    if empty:
+        notes.append(f"{'columns' if len(empty) > 1 else 'column'} {in_brief(empty)} left out (empty)")
+    return pd.DataFrame(columns, index=table.index), notes
+
+
+def _clean(table: pd.DataFrame, source: str) -> tuple[pd.DataFrame, list[str], list[str], list[str]]:
+    """Strip texts, turn labels into codes and drop incomplete rows.
+
+    Returns:
+        The table, the class names, notes on the labels, and notes on the rows that were dropped.
+    """
     for column in ("text", "label"):
-        if table[column].map(lambda value: isinstance(value, list | dict | np.ndarray)).any():
-            raise DataError(f"The {column}s of {source} are lists or objects: name another column with `{column}=`.")
+        for row, value in enumerate(table[column].tolist(), start=1):
+            if isinstance(value, list | dict | np.ndarray):
+                raise DataError(
+                    f"The {column}s of {source} are lists or objects (row {row}): name another column with `{column}=`."
+                )
+            if isinstance(value, bytes):
+                raise DataError(
+                    f"The {column}s of {source} are bytes that are not all UTF-8: save them as strings, or name "
+                    f"another column with `{column}=`."
+                )
     texts, labels = _strings(table["text"]), _strings(table["label"])
     no_text = np.array([text == "" for text in texts])
     no_label = np.array([label == "" for label in labels])
@@ -104,7 +165,7 @@ def _clean(table: pd.DataFrame, source: str) -> tuple[pd.DataFrame, list[str], l
                 f"None of the {len(table):,} rows of {source} has a {what}: name another column with `{what}=`."
             )
     if isinstance(table["label"].dtype, pd.CategoricalDtype):  # keep the order of a published model's outputs
-        names = _strings(table["label"].cat.categories.to_series())
+        names = [name for name in dict.fromkeys(_strings(table["label"].cat.categories.to_series())) if name]
     else:
         names = _sort_names(set(labels) - {""})
     if len(names) > _MAX_CLASSES or len(names) == (~no_label).sum() > 2:
@@ -112,10 +173,11 @@ def _clean(table: pd.DataFrame, source: str) -> tuple[pd.DataFrame, list[str], l
             f"The labels of {source} have {len(names):,} distinct values in {len(table):,} rows, so they look like "
             "quantities or ids, not classes: name another column with `label=`."
         )
+    said = [*_changed_labels(table["label"].astype(object).tolist(), labels), *_doubtful_classes(labels, names)]
     codes = {name: code for code, name in enumerate(names)}
     table = table.assign(text=texts, label=[codes.get(label, -1) for label in labels])
     dropped = _counts({"without text": no_text, "without label": no_label & ~no_text})
-    return table[~no_text & ~no_label].reset_index(drop=True), names, dropped
+    return table[~no_text & ~no_label].reset_index(drop=True), names, said, dropped
 
 
 def _strings(column: pd.Series) -> list[str]:
@@ -126,10 +188,65 @@ def _strings(column: pd.Series) -> list[str]:
 
 
 def _sort_names(names: set[str]) -> list[str]:
+    """Numbers in their order, then the others in theirs; "nan" is one of these, as it has no place among numbers."""
+
+    def key(name: str) -> tuple[bool, float, str]:
+        with suppress(ValueError):
+            if not math.isnan(float(name)):
+                return False, float(name), name
+        return True, 0.0, name
+
+    return sorted(names, key=key)
+
+
+def _changed_labels(values: list[object], labels: list[str]) -> list[str]:
+    """Say which labels lost blanks, or became equal to others of another type (the number 1 and the string "1")."""
+    forms = defaultdict(Counter)
+    for value, label in zip(values, labels, strict=True):
+        if label:
+            forms[label][value] += 1
+    changed = [
+        f"{value!r} into '{label}' ({count:,})"
+        for label, counts in forms.items()
+        for value, count in counts.items()
+        if value != label and (isinstance(value, str) or len(counts) > 1)
+    ]
+    return [f"labels changed: {in_brief(sorted(changed))}"] if changed else []
+
+
+def _doubtful_classes(labels: list[str], names: list[str]) -> list[str]:
+    """Name and count classes that may be one class, or none."""
+    counts, alike = Counter(labels), defaultdict(dict)
+    for name in names:
+        alike[_folded(name)][name] = counts[name]
+    variants = [" / ".join(_counted(group)) for group in alike.values() if len(group) > 1]
+    missing = {name: counts[name] for name in names if name.casefold() in _MISSING}
+    notes = []
+    if variants:
+        notes.append(
+            f"classes that differ only in case, blanks or the form of a number: {in_brief(variants)} "
+            "(if they are one class, write them alike in the file)"
+        )
+    if missing:
+        notes.append(
+            f"class {in_brief(_counted(missing))} may mean that there is no label (if so, leave its cells empty in the "
+            "file)"
+        )
+    return notes
+
+
+def _folded(name: str) -> str:
+    """The same string for names that a person may take for one."""
+    name = unicodedata.normalize("NFKC", name).casefold()
+    name = "".join(character for character in name if character.isprintable() and not character.isspace())
     try:
-        return sorted(names, key=lambda name: (float(name), name))
+        return str(float(name))
     except ValueError:
-        return sorted(names)
+        return name
+
+
+def _counted(counts: Mapping[str, int]) -> list[str]:
+    return [f"{value!r} ({count:,})" for value, count in counts.items()]
 
 
 def _counts(rows: dict[str, np.ndarray | pd.Series]) -> list[str]:
@@ -206,14 +323,17 @@ def _stratified_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarra
     return np.argsort(place, kind="stable")
 
 
-def _make_dataset(part: pd.DataFrame, names: list[str], card: dict, split: str) -> datasets.Dataset:
-    part = part.drop(columns="split")
-    features = datasets.Dataset.from_pandas(part.head(), preserve_index=False).features
-    features = datasets.Features(
-        {**features, "text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
-    )
-    info = datasets.DatasetInfo(features=features, **card)
-    return datasets.Dataset.from_pandas(part, info=info, split=split, preserve_index=False)
+def _make_dataset(table: pd.DataFrame, names: list[str], card: dict) -> datasets.Dataset:
+    table = table.drop(columns="split")
+    others = datasets.Dataset.from_pandas(table.drop(columns=["text", "label"]), preserve_index=False).features
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names), **others}
+    info = datasets.DatasetInfo(features=datasets.Features(features), **card)
+    return datasets.Dataset.from_pandas(table, info=info, preserve_index=False)
+
+
+def _take(whole: datasets.Dataset, rows: pd.Index, split: str) -> datasets.Dataset:
+    taken = datasets.table.InMemoryTable(whole.data.table.take(rows.to_numpy()))
+    return datasets.Dataset(taken, info=whole.info.copy(), split=split)
 
 
 def encode(
@@ -223,7 +343,9 @@ def encode(
     max_length: int = 128,
     text: str = "text",
 ) -> datasets.DatasetDict:
-    """Tokenise each split without padding, and print how many texts were cut, if any.
+    """Tokenise each split without padding; print how many texts were cut, if any, and the share of unknown tokens.
+
+    That share is printed above 5 %, with the number of different texts that became equal because of it.
 
     Args:
         splits: data sets with a column of texts and the column `label`.
@@ -236,19 +358,21 @@ def encode(
         `attention_mask`, …) and `labels`.
 
     Raises:
-        DataError: a column is missing, or the model cannot read `max_length` tokens.
+        DataError: a column or a text is missing, or the model cannot read `max_length` tokens.
     """
     most = tokenizer.model_max_length
     if max_length > most:
         raise DataError(f"max_length={max_length} is more than the {most} tokens that the model reads: lower it.")
-    encoded, cut = {}, []
+    encoded, cut, all_texts, all_ids = {}, [], [], []
     for name, split in splits.items():
         for column in (text, "label"):
             if column not in split.column_names:
                 have = ", ".join(split.column_names)
                 raise DataError(f"The split '{name}' has no column '{column}', only {have}: name or rename one.")
-        texts = list(split[text])
+        texts = _texts(split, text, name)
         columns = dict(tokenizer(texts, truncation=True, max_length=max_length))
+        all_texts += texts
+        all_ids += columns["input_ids"]
         full = [t for t, ids in zip(texts, columns["input_ids"], strict=True) if len(ids) == max_length]
         whole = tokenizer(full, verbose=False)["input_ids"] if full else []
         longer = sum(len(ids) > max_length for ids in whole)
@@ -257,13 +381,35 @@ def encode(
         encoded[name] = columns.add_column("labels", list(split["label"]), feature=split.features["label"])
     if cut:
         print(f"texts cut at {max_length} tokens: {', '.join(cut)}")
+    _report_unknown(all_texts, all_ids, tokenizer)
     return datasets.DatasetDict(encoded)
+
+
+def _report_unknown(texts: Sequence[str], encoded: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print the share of tokens that are unknown, without the special ones around a text, if it is above 5 %."""
+    unknown = tokenizer.unk_token_id
+    if unknown in (None, tokenizer.bos_token_id, tokenizer.eos_token_id):  # a tokenizer of bytes knows everything
+        return
+    counts = [ids.count(unknown) for ids in encoded]
+    tokens = sum(map(len, encoded)) - len(tokenizer("")["input_ids"]) * len(encoded)
+    if sum(counts) <= _MAX_UNKNOWN * tokens:
+        return
+    different = defaultdict(set)
+    for text, ids, count in zip(texts, encoded, counts, strict=True):
+        if count:
+            different[tuple(ids)].add(text)
+    equal = sum(len(same) for same in different.values() if len(same) > 1)
+    merged = f", and {equal:,} different texts became equal to another" if equal else ""
+    print(
+        f"{sum(counts) / tokens:.0%} of the tokens are unknown to the model ({tokenizer.unk_token}){merged}: "
+        "take a model that knows this script"
+    )
 
 
 def shorten(
     splits: Mapping[str, datasets.Dataset], tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> datasets.DatasetDict:
-    """Cut texts for use in a prompt, and print how many were cut, if any.
+    """Cut texts for use in a prompt, on the tokenizer's `truncation_side`, and print how many were cut, if any.
 
     Args:
         splits: data sets with the column `text`.
@@ -272,13 +418,19 @@ def shorten(
 
     Returns:
         The same splits with shorter texts; the other columns stay as they are.
+
+    Raises:
+        DataError: a text is missing.
     """
     shortened, cut = {}, []
     how = {"truncation": True, "max_length": max_length, "add_special_tokens": False}
     for name, split in splits.items():
-        texts = list(split["text"])
+        texts = _texts(split, "text", name)
         spans = tokenizer(texts, return_offsets_mapping=True, **how)["offset_mapping"]
-        kept = [text[: span[-1][1]] for text, span in zip(texts, spans, strict=True)]
+        if tokenizer.truncation_side == "left":
+            kept = [text[span[0][0] :] if span else text for text, span in zip(texts, spans, strict=True)]
+        else:
+            kept = [text[: span[-1][1]] if span else text for text, span in zip(texts, spans, strict=True)]
         longer = sum(len(short) < len(text) for short, text in zip(kept, texts, strict=True))
         cut += [f"{longer:,} of {len(texts):,} {name}"] if longer else []
         columns = split.to_dict() | {"text": kept}
@@ -286,3 +438,15 @@ def shorten(
     if cut:
         print(f"texts cut after {max_length} tokens: {', '.join(cut)}")
     return datasets.DatasetDict(shortened)
+
+
+def _texts(split: datasets.Dataset, column: str, name: str) -> list[str]:
+    """A column of texts, after a check that it holds nothing else."""
+    texts = list(split[column])
+    wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise DataError(
+            f"In row {wrong} of the split '{name}' the text is {texts[wrong]!r}: leave out rows without text, and turn "
+            "other values into text."
+        )
+    return texts

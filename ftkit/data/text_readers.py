@@ -6,28 +6,32 @@ published splits, and the source's other columns. `ftkit.data.text` cleans, de-d
 
 import csv
 import html
-import io
-import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
 import pandas as pd
-import pyarrow as pa
 
 from ftkit.data.assets import registry
+from ftkit.data.tables import read_table
 from ftkit.errors import DataError, did_you_mean, first_line
 
 SPLITS = ("train", "validation", "test")
-
-FILE_TYPES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 
 _TEXT_NAMES = ("text", "sentence", "review", "content", "tweet", "comment", "document", "article", "message")
 
 _LABEL_NAMES = ("label", "labels", "sentiment", "class", "category", "target", "topic", "intent", "stars")
 
 _UNQUOTED = {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False, "encoding": "utf-8"}
+
+GUESSED = "(guessed: name another with"
+
+_MACHINE_MADE = re.compile(r"[!-~]*[\d/@_][!-~]*")  # a date, an address, an id, a_name_like_this
+
+_NO_LETTERS = re.compile(r"[\W\d_]+")
 
 _ENTITY = re.compile(r"&(?:#\d+|\w+);")
 
@@ -140,124 +144,39 @@ def read_asset(name: str, text: str | None = None, label: str | None = None) -> 
     return table, notes + chosen, card
 
 
-def _decode(path: Path) -> str:
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        likely = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
-        raise DataError(
-            f"{path} is not UTF-8 (line {line}, byte 0x{content[error.start]:02x}): save it as UTF-8, "
-            f"for example with `iconv -f {likely} -t utf-8 {path.name} > utf8-{path.name}`."
-        ) from None
-
-
-def _parse(path: Path, content: str, delimiter: str, quoting: int) -> pd.DataFrame:
-    csv.field_size_limit(2**31 - 1)  # the default limit of 128 KiB is too small for some texts
-    lines = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
-    rows, start = [], 1
-    try:
-        for row in filter(None, lines):
-            if rows and len(row) != len(rows[0]):
-                raise DataError(
-                    f"Line {lines.line_num} of {path} has {len(row)} fields, but the header has {len(rows[0])}: "
-                    f"put quotation marks around a text that contains the delimiter {delimiter!r}."
-                )
-            rows.append(row)
-            start = lines.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{path} cannot be read from line {start} on ({error}): correct the quotation marks there."
-        ) from None
-    if len(rows) < 2:
-        raise DataError(f"{path} is empty: it needs a header line and a row for each text.")
-    header = [name.strip() or f"column_{index}" for index, name in enumerate(rows[0], start=1)]
-    if len(set(header)) < len(header):
-        raise DataError(f"{path} has two columns of the same name in '{', '.join(header)}': rename one.")
-    return pd.DataFrame(rows[1:], columns=header, dtype=object)
-
-
-def read_delimited(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """Read a CSV or TSV file and guess its delimiter.
-
-    Returns:
-        The table, and notes. Its fields stay strings (the label "01" does not become 1); empty fields are missing.
-
-    Raises:
-        DataError: the file is not UTF-8, empty or malformed.
-    """
-    content = _decode(path)
-    header = content.lstrip().partition("\n")[0]
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=header.count)
-    notes = [] if delimiter == "," else [f"fields separated by {delimiter!r}"]
-    try:
-        table = _parse(path, content, delimiter, csv.QUOTE_MINIMAL)
-        # Most tab-separated files do not quote; a stray quotation mark then swallows everything up to the next one.
-        swallowed = delimiter == "\t" and table.map(lambda field: "\t" in field).any(axis=None)
-    except DataError:
-        if delimiter != "\t":
-            raise
-        swallowed = True
-    if swallowed:
-        table = _parse(path, content, delimiter, csv.QUOTE_NONE)
-        notes.append("quotation marks read as part of the text")
-    return table.mask(table == ""), notes
-
-
-def _read_json_lines(path: Path) -> _Table:
-    rows = []
-    for number, line in enumerate(_decode(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            row = f"{error.msg} at column {error.colno}"
-        if not isinstance(row, dict):
-            raise DataError(f"Line {number} of {path} is no JSON object ({str(row)[:60]}): write one object per line.")
-        rows.append(row)
-    table, notes = pd.DataFrame(rows, dtype=object), []
-    for column in table:
-        try:
-            pa.array(table[column], from_pandas=True)
-        except pa.ArrowException:
-            table[column] = table[column].map(str, na_action="ignore")
-            notes.append(f"column '{column}' holds values of several types, all read as strings")
-    return table, notes
-
-
 def read_file(path: Path, text: str | None = None, label: str | None = None) -> Reading:
-    """Read a CSV, TSV, JSON Lines or Parquet file.
+    """Read a file of any kind that ``read_table`` reads.
 
     Args:
         path: the file.
         text, label: names of the columns; None to guess them.
 
     Raises:
-        DataError: the file does not exist, is of an unsupported type, empty, malformed or not UTF-8, or a column is
-            missing.
+        DataError: as for ``read_table``, or a column is missing.
     """
-    suffix = path.suffix.lower()
-    if not path.is_file():
-        raise DataError(f"There is no file {path} in {Path.cwd()}: check the path.")
-    if suffix not in FILE_TYPES:
-        raise DataError(f"{path} has an unsupported file type: save it as one of {', '.join(FILE_TYPES)}.")
-    if suffix == ".parquet":
-        try:
-            table, notes = pd.read_parquet(path), []
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is not a Parquet file ({first_line(error)}): check the file.") from None
-    else:
-        table, notes = (read_delimited if suffix in (".csv", ".tsv") else _read_json_lines)(path)
-    if table.empty:
-        raise DataError(f"{path} is empty: it needs a row for each text.")
+    table, notes = read_table(path)
+    table, decoded = _decode_bytes(table)
     table, chosen = choose_columns(table, str(path), text, label)
-    if "split" in table and not set(table["split"]) <= set(SPLITS):
+    if "split" in table and not {str(value) for value in table["split"]} <= set(SPLITS):
         table = table.drop(columns="split")
         chosen.append("column 'split' left out (it has other values than train, validation and test)")
     card = {"description": f"The file {path.name}"}
-    return table, [f"{len(table):,} rows read", *notes, *chosen], card
+    return table, [f"{len(table):,} rows read", *notes, *decoded, *chosen], card
+
+
+def _decode_bytes(table: pd.DataFrame) -> _Table:
+    """Decode columns of bytes that are UTF-8."""
+    notes = []
+    for place, (name, column) in enumerate(table.items()):
+        coded = isinstance(column.dtype, pd.CategoricalDtype)
+        values = column.astype(object).tolist() if coded or column.dtype == object else []
+        if not any(isinstance(value, bytes) for value in values):
+            continue
+        with suppress(UnicodeDecodeError):  # pictures, for example, stay as they are
+            decoded = [value.decode() if isinstance(value, bytes) else value for value in values]
+            table.isetitem(place, pd.Series(decoded, index=table.index, dtype=object))
+            notes.append(f"column '{name}' decoded from bytes")
+    return table, notes
 
 
 def read_hub(source: str, text: str | None = None, label: str | None = None) -> Reading:
@@ -279,10 +198,11 @@ def read_hub(source: str, text: str | None = None, label: str | None = None) -> 
                 codes = frame[column].fillna(-1).astype(int)
                 frame[column] = pd.Categorical.from_codes(codes, categories=feature.names)
         frames.append(frame.assign(split=split))
-    table, chosen = choose_columns(pd.concat(frames, ignore_index=True), source, text, label)
+    table, decoded = _decode_bytes(pd.concat(frames, ignore_index=True))
+    table, chosen = choose_columns(table, source, text, label)
     info = next(iter(splits.values())).info
     card = {"description": info.description, "citation": info.citation, "license": info.license}
-    return table, [f"{len(table):,} rows read", *left_out, *chosen], card
+    return table, [f"{len(table):,} rows read", *left_out, *decoded, *chosen], card
 
 
 def load_hub_splits(source: str) -> tuple[dict[str, datasets.Dataset], list[str]]:
@@ -317,8 +237,9 @@ def choose_columns(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Rename the columns of texts and labels to `text` and `label` and put them first; guess those that are not named.
 
-    A guess is the first usual name that the table has. Without one, the text is the column with the longest strings,
-    and the label is the column with the fewest distinct values (at least two).
+    A guess is the first usual name that the table has. Without one, the text is the column whose values have the most
+    letters, among those with a different value in most rows, and the label is the column with the fewest distinct
+    values (at least two). A column with the usual name of a label is never taken as text.
 
     Args:
         table: what was read.
@@ -329,33 +250,43 @@ def choose_columns(
         The table, and notes on what was guessed or left out.
 
     Raises:
-        DataError: a named column is missing, or no column looks like texts or labels.
+        DataError: a named column is missing, two have the same name, or no column looks like texts or labels.
     """
     table = table.rename(columns=str)
     columns = list(table.columns)
+    have = ", ".join(f"'{column}'" for column in columns)
     for name in (text, label):
         if name is not None and name not in columns:
-            have = ", ".join(f"'{column}'" for column in columns)
             raise DataError(f"{source} has no column '{name}': {did_you_mean(name, columns)} It has {have}.")
-    notes = []
+    twins = [name for name, count in Counter(columns).items() if count > 1]
+    if any(name in (text, label, "split") or usual_column((*_TEXT_NAMES, *_LABEL_NAMES), [name]) for name in twins):
+        raise DataError(f"{source} has two columns of the same name in {have}: rename one.")
+    notes = [f"columns '{name}' left out (several have this name)" for name in twins]
+    table = table.drop(columns=twins)
+    columns = list(table.columns)
+    named = text is not None or label is not None
     if text is None:
         free = [column for column in columns if column not in (label, "split")]
-        length = {c: table[c].map(lambda v: len(v) if isinstance(v, str) else 0).mean() for c in free}
-        text = usual_column(_TEXT_NAMES, free) or max(filter(length.get, free), key=length.get, default=None)
+        free = [column for column in free if usual_column(_LABEL_NAMES, [column]) is None]
+        usual = usual_column(_TEXT_NAMES, free)
+        named |= usual is not None
+        text = usual or _most_letters(table[free].head(1000))
         if text is None:
-            raise DataError(f"{source} has no column of texts: name one with `text=`.")
-        notes += [f"texts from column '{text}' (guessed: name another with text=)"] if text != "text" else []
+            raise DataError(f"{source} has no column of texts: name one with `text=`, out of {have}.")
+        notes += [f"texts from column '{text}' {GUESSED} text=)"] if text != "text" else []
     if label is None:
         free = [column for column in columns if column not in (text, "split")]
         distinct = {column: table[column].map(str).nunique() for column in free}
         several = [column for column in free if distinct[column] > 1]
-        label = usual_column(_LABEL_NAMES, free) or min(several, key=distinct.get, default=None)
+        usual = usual_column(_LABEL_NAMES, free)
+        named |= usual is not None
+        label = usual or min(several, key=distinct.get, default=None)
         if label is None:
             raise DataError(f"{source} has no column of labels besides '{text}': add one, or name it with `label=`.")
-        notes += [f"labels from column '{label}' (guessed: name another with label=)"] if label != "label" else []
+        notes += [f"labels from column '{label}' {GUESSED} label=)"] if label != "label" else []
     if text == label:
         raise DataError(f"Column '{text}' of {source} cannot be both text and label: name two columns.")
-    if (table[label].map(str) == label).any():
+    if not named and (table[label].map(str) == label).any():
         raise DataError(
             f"{source} seems to have no header line, because '{label}' is both a column name and a label: add one."
         )
@@ -363,6 +294,19 @@ def choose_columns(
     notes += [f"column '{name}' left out (the name is taken)" for name in lost]
     table = table.drop(columns=lost).rename(columns={text: "text", label: "label"})
     return table[["text", "label", *(c for c in table.columns if c not in ("text", "label"))]], notes
+
+
+def _most_letters(table: pd.DataFrame) -> str | None:
+    """Return the column whose strings have the most letters, among those that differ in most rows; None if none has."""
+
+    def letters(value: object) -> int:
+        prose = isinstance(value, str) and not _MACHINE_MADE.fullmatch(value)
+        return len(_NO_LETTERS.sub("", value)) if prose else 0
+
+    mean = {column: table[column].map(letters).mean() for column in table}
+    distinct = {column: table[column].map(str).nunique() for column in table if mean[column] > 0}
+    varied = [column for column in distinct if 2 * distinct[column] >= max(distinct.values())]
+    return max(varied, key=mean.get, default=None)
 
 
 def usual_column(names: Iterable[str], columns: Sequence[str]) -> str | None:

@@ -1,10 +1,12 @@
 """Results of a run: the outcome of each seed, metrics.json, the results table, the ledger of all runs."""
 
+import errno
 import json
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,14 +102,35 @@ def write_whole(path: Path, text: str) -> Path:
 
     Args:
         path: the file; returned.
-        text: its content; line ends are written as they are.
+        text: its content; line ends are written as they are, and half a surrogate pair as its escape.
+
+    Raises:
+        OSError: it cannot be written; the message says why and what to do.
     """
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            unfinished.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+            return unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Word an error of the operating system as a sentence: what cannot be written, why, what to do.
+
+    Args:
+        path: the file or folder that is written inside the ``with`` block.
+    """
     try:
-        unfinished.write_text(text, encoding="utf-8", newline="")
-        return unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            cure = "free some space, or give a folder on another disk"
+        else:
+            cure = "give a folder that you can write to"
+        raise type(error)(f"{path} cannot be written ({error.strerror or error}): {cure}.") from None
 
 
 def runs_folder() -> Path:
@@ -191,17 +214,25 @@ def append_to_ledger(path: Path, entry: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError, ValueError: a value cannot be written as JSON; nothing is written.
+        OSError: the ledger cannot be written; the message says why and what to do.
     """
     line = json.dumps(plain(entry, "entry")) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path), path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":  # a crash cut the last line short: start a new line after it
-                line = "\n" + line
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path), path.open("a+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # a crash cut the last line short: start a new line after it
+                    line = "\n" + line
+            left = memoryview(line.encode())
+            try:
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)  # no half line on a full disk
+                raise
 
 
 def read_ledger(path: Path) -> list[dict[str, Any]]:
@@ -211,7 +242,10 @@ def read_ledger(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    with _locked(path):
+    try:
+        with _locked(path):
+            lines = path.read_bytes().split(b"\n")
+    except OSError:  # a lock cannot be made in a folder that is only to be read
         lines = path.read_bytes().split(b"\n")
     entries = []
     for number, line in enumerate(lines, start=1):

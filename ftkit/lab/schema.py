@@ -71,6 +71,7 @@ def setting(
     smoke: Any = ...,
     gpu: Any = ...,
     between: tuple[float, float] | None = None,
+    times: int = 1,
     unit: str = "",
     log: bool = False,
 ) -> Any:
@@ -80,13 +81,14 @@ def setting(
         help: description in one line.
         cpu, smoke, gpu: default at each tier; smoke and gpu take that of cpu if they are not given.
         between: smallest and largest allowed value; for a list, of each item.
+        times: up to this multiple of the largest value is allowed to the lesson itself, in ``changed``.
         unit: unit of the value.
         log: whether a control changes it by factors rather than by equal steps, as for learning rates.
     """
     defaults = {"smoke": cpu if smoke is ... else smoke, "cpu": cpu, "gpu": cpu if gpu is ... else gpu}
     low, high = between or (None, None)
     extra = {"unit": unit, "low": low, "high": high, "log": log, "defaults": defaults}
-    bounds = {} if between is None or isinstance(cpu, list) else {"ge": low, "le": high}
+    bounds = {} if between is None or isinstance(cpu, list) else {"ge": low, "le": high * times}
     return Field(description=help, json_schema_extra=extra, **bounds)
 
 
@@ -135,7 +137,12 @@ class NotebookSettings(BaseModel):
             )
         defaults = {parameter.name: parameter.defaults[tier] for parameter in cls.parameters()}
         chosen = {name: value for name, value in given.items() if value is not None}
-        return cls._checked(defaults | chosen | {"tier": tier})
+        settings = cls._checked(defaults | chosen | {"tier": tier})
+        for parameter in cls.parameters():
+            value = getattr(settings, parameter.name)
+            if parameter.high is not None and isinstance(value, int | float) and value > parameter.high:
+                raise SettingsError(cls._message({"loc": [parameter.name], "input": value, "type": "less_than_equal"}))
+        return settings
 
     @classmethod
     def from_cell(cls, namespace: Mapping[str, Any]) -> Self:
@@ -148,11 +155,16 @@ class NotebookSettings(BaseModel):
             namespace: values by name of the setting; other names are ignored.
 
         Raises:
-            SettingsError: as for ``at``, and if papermill was given an unknown name.
+            SettingsError: as for ``at``, and if papermill was given an unknown name, or a value that was set again.
         """
-        for name in _injected(namespace.get("In", [])):
+        for name, value in _injected(namespace.get("In", [])).items():
             if name not in cls.model_fields:
                 raise SettingsError(cls._unknown(name))
+            if value is not ... and namespace.get(name) != value:
+                raise SettingsError(
+                    f"{name} was given as {value!r}, but it is {namespace.get(name)!r} here: set it in no other cell, "
+                    "and tag only one cell `parameters`."
+                )
         given = {name: namespace.get(name) for name in cls.model_fields}
         return cls.at(**given | {"tier": os.environ.get("FTKIT_TIER", given["tier"])})
 
@@ -196,6 +208,8 @@ class NotebookSettings(BaseModel):
     @classmethod
     def _message(cls, error: Mapping[str, Any]) -> str:
         """Turn one of pydantic's errors into a sentence."""
+        if not error["loc"]:  # of a check of several settings at once
+            return error["msg"].removeprefix("Value error, ")
         name, value = str(error["loc"][0]), error["input"]
         if error["type"] == "extra_forbidden":
             return cls._unknown(name)
@@ -239,15 +253,18 @@ def _parameter(cls: type[NotebookSettings], name: str) -> Parameter:
     return Parameter(name, kind, info.description, choices=choices, **info.json_schema_extra)
 
 
-def _injected(history: Sequence[str]) -> list[str]:
-    """Names that are assigned in the cell that papermill adds, if papermill executes this notebook."""
-    cells = [source for source in history if re.match(r"# Parameters\n", source)]
-    return [
-        ast.unparse(statement.targets[0])
-        for source in cells[-1:]
-        for statement in ast.parse(source).body
-        if isinstance(statement, ast.Assign)
-    ]
+def _injected(history: Sequence[str]) -> dict[str, Any]:
+    """What papermill was given, by name, if it executes this notebook; ``...`` for a value that is not a literal."""
+    given = {}
+    for source in [source for source in history if re.match(r"# Parameters\n", source)][-1:]:
+        for statement in ast.parse(source).body:
+            if isinstance(statement, ast.Assign):
+                try:
+                    value = ast.literal_eval(statement.value)
+                except ValueError:  # such as float("nan")
+                    value = ...
+                given[ast.unparse(statement.targets[0])] = value
+    return given
 
 
 def _known_model(name: str) -> str:
@@ -264,17 +281,28 @@ def _known_images(name: str) -> str:
 
 def _named(name: str, known: list[str]) -> str:
     """Check that a name is one of the known names, a hub id or an existing folder."""
-    if name not in known and "/" not in name and not (name and Path(name).is_dir()):
-        raise ValueError(f"{did_you_mean(name, known)} Give {', '.join(known)}, a folder or a hub id (owner/name)")
-    return name
+    if name in known or _is_hub_id(name) or (name and Path(name).is_dir()):
+        return name
+    raise ValueError(f"{_near(name, known, 'folder')} {', '.join(known)}, a folder or a hub id (owner/name)")
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def _near(name: str, known: list[str], kind: str) -> str:
+    """Begin a sentence on an unknown name: the name it resembles, unless it is the path of a file or folder."""
+    if "/" in name or "\\" in name:
+        return f"there is no such {kind}: give"
+    return f"{did_you_mean(name, known)} Give"
 
 
 def _known_dataset(name: str) -> str:
     known = registry.names("text-classification")
     if Path(name).is_file():
         raise ValueError("give a file of your own as `data`")
-    if name not in known and "/" not in name:
-        raise ValueError(f"{did_you_mean(name, known)} Give {', '.join(known)} or a hub id (owner/name)")
+    if name not in known and not _is_hub_id(name):
+        raise ValueError(f"{_near(name, known, 'file')} {', '.join(known)} or a hub id (owner/name)")
     return name
 
 

@@ -1,9 +1,11 @@
 """The settings of each notebook, with their bounds and their defaults at each tier."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from ftkit.lab.schema import Dataset, ImageModel, Images, Model, NotebookSettings, OwnFile, Source, setting
+from pydantic import ValidationError, model_validator
+
+from ftkit.lab.schema import Dataset, ImageModel, Images, Model, NotebookSettings, OwnFile, Source, in_words, setting
 
 
 def settings_of(notebook: str | Path) -> type[NotebookSettings] | None:
@@ -12,12 +14,16 @@ def settings_of(notebook: str | Path) -> type[NotebookSettings] | None:
     return next((cls for cls in classes if Path(notebook).stem == cls.NOTEBOOK), None)
 
 
+# every recorded rate, 3e-5 to 0.1, stays a rate that `fit` takes
+_LR_SCALES = (0.01, 10)
+
+
 class TextSettings(NotebookSettings):
     """Settings shared by the notebooks on text classification."""
 
     model: Model = setting("an asset, a hub id (owner/name) or a folder", "minilm", gpu="google-bert/bert-base-uncased")
     dataset: Dataset = setting("an asset or a hub id (owner/name)", "movie-sentiment")
-    data: OwnFile | None = setting("your own CSV, TSV, JSON Lines or Parquet file instead", None)
+    data: OwnFile | None = setting("your own file of texts instead (CSV, TSV, JSON, Parquet, Excel; .gz)", None)
     text: str | None = setting("column with the texts, guessed if None", None)
     label: str | None = setting("column with the labels, guessed if None", None)
     rows: int = setting(
@@ -102,7 +108,7 @@ class Freezing(TrainedText):
     )
     decay: float = setting("llrd: rate of a layer divided by that of the layer above", 0.7, between=(0.05, 1))
     lr_scale: float = setting(
-        "factor on the best recorded rate of each method", 1.0, gpu=0.3, between=(0.001, 100), log=True
+        "factor on the best recorded rate of each method", 1.0, gpu=0.3, between=_LR_SCALES, log=True
     )
 
 
@@ -127,7 +133,7 @@ class Adapters(TrainedText):
     targets: Literal["query-value", "all-linear"] = setting("the layers that LoRA adapts", "query-value")
     width: int = setting("width of a bottleneck adapter", 16, between=(1, 1024), unit="units", log=True)
     lr_scale: float = setting(
-        "factor on the best recorded rate of each method", 1.0, gpu=0.3, between=(0.001, 100), log=True
+        "factor on the best recorded rate of each method", 1.0, gpu=0.3, between=_LR_SCALES, log=True
     )
     second_dataset: Dataset = setting("data set of the second task's adapter", "bbc-topics")
 
@@ -177,6 +183,23 @@ class Prompting(TextSettings):
         log=True,
     )
     batch_size: int = setting("rows per step", 8, between=(1, 1024), unit="rows", log=True)
+
+    @model_validator(mode="after")
+    def _fit_takes_all_steps(self) -> Self:
+        """Refuse what the lesson would turn into more passes over the rows than `fit` takes."""
+        from ftkit.training.state import TrainSettings  # imports torch, which takes seconds
+
+        epochs = max(1, round(4 * self.steps * self.batch_size / self.rows))  # of the encoder, in the lesson
+        try:
+            TrainSettings(num_epochs=epochs)
+        except ValidationError as error:
+            most = error.errors()[0]["ctx"]["le"]
+            raise ValueError(
+                f"steps={self.steps} with batch_size={self.batch_size} and rows={self.rows} is not allowed: the "
+                f"encoder would pass over the rows {in_words(epochs)} times, and {in_words(most)} is the most: give "
+                "fewer steps, smaller batches or more rows."
+            ) from None
+        return self
 
 
 class Continual(NotebookSettings):
@@ -234,7 +257,8 @@ class Contrastive(NotebookSettings):
     text_model: Model = setting("the text tower: an asset, a hub id or a folder", "minilm")
     image_model: ImageModel = setting("the image tower: efficientnet-lite0, a hub id or a folder", "efficientnet-lite0")
     images: Images = setting("emoji, a folder of images with a CSV of captions, or a hub id", "emoji")
-    rows: int | None = setting("training pairs; None for all", None, smoke=96, between=(8, 10_000_000))
+    # from 32: the lesson compares batches of several sizes, the smallest of 16 pairs
+    rows: int | None = setting("training pairs; None for all", None, smoke=96, between=(32, 10_000_000))
     test_rows: int = setting(
         "images to search in, never used in training", 300, smoke=64, gpu=1000, between=(8, 100_000),
         unit="images",
@@ -248,7 +272,9 @@ class Contrastive(NotebookSettings):
     learn_temperature: bool = setting("whether training changes the temperature", True)
     augment: bool = setting("turn, shift and scale the training images", False)
     lr: float = setting("peak learning rate of the panel's runs", 1e-3, between=(1e-7, 1), log=True)
-    num_epochs: int = setting("passes over the training pairs", 15, smoke=6, between=(1, 1000), unit="epochs")
-    batch_size: int = setting("pairs per step, each other's negatives", 64, gpu=256, between=(2, 65536), log=True)
+    num_epochs: int = setting(
+        "passes over the training pairs", 15, smoke=6, between=(1, 250), times=4, unit="epochs"
+    )  # once, the lesson trains four times as long
+    batch_size: int = setting("pairs per step, each other's negatives", 64, gpu=256, between=(2, 4096), log=True)
     seed: int = setting("the first seed; the record has 0 to 2", 5, between=(0, 1_000_000))
     num_seeds: int = setting("seeds; each draws its own weights and order", 1, gpu=3, between=(1, 100), unit="seeds")

@@ -1,9 +1,12 @@
 """Classifiers and language models: loaded from an asset, a folder or the hub, and saved."""
 
 import contextlib
+import copy
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import torch
@@ -25,6 +28,8 @@ from ftkit.data.assets import registry
 from ftkit.errors import ModelError, first_line
 from ftkit.models.device import choose_device
 from ftkit.models.modules import seeded
+
+ADAPTER_FILE, BOTTLENECK_FILE = "adapter_config.json", "bottleneck.json"  # in folders that hold an adapter only
 
 
 def load_classifier(
@@ -54,10 +59,20 @@ def load_classifier(
     if len(set(names)) < max(len(names), 2):
         raise ModelError(f"A classifier needs 2 or more different labels, not {names}: check the label column.")
     check_dropout(dropout)
+    model, tokenizer, info, old_config = _read_classifier(name_or_path, names, pretrained, dropout, seed)
+    if pretrained:
+        _report_weights(model, info, name_or_path, old_config)
+    return finish_loading(model, tokenizer, name_or_path)
+
+
+def _read_classifier(
+    name_or_path: str | Path, names: Sequence[str], pretrained: bool, dropout: float | None, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any], PreTrainedConfig]:
+    """Read a classifier, its tokenizer, which weights came from the checkpoint, and the checkpoint's config."""
     source, options, advice = locate_model(name_or_path)
     with as_model_error(name_or_path, advice), quiet_transformers(), seeded(seed):
         config = AutoConfig.from_pretrained(source, **options)
-        old_names = list(config.id2label.values())
+        old_config = copy.deepcopy(config)
         name_classes(config, names)
         if dropout is not None:
             set_dropout(config, dropout)
@@ -72,10 +87,12 @@ def load_classifier(
                 **options,
             )
         else:
-            model, info = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32), None
-    if info is not None:
-        _report_weights(model, info, name_or_path, old_names)
-    return finish_loading(model, tokenizer, name_or_path)
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+            info = {"missing_keys": set(model.state_dict()), "mismatched_keys": set(), "unexpected_keys": set()}
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    info |= {"mismatched_keys": mismatched, "unexpected_keys": _without_buffers(info["unexpected_keys"])}
+    add_new_weights(model, {*info["missing_keys"], *mismatched})
+    return model, tokenizer, info, old_config
 
 
 def load_language_model(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -99,12 +116,16 @@ def load_language_model(name_or_path: str | Path) -> tuple[PreTrainedModel, PreT
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, **options
         )
+    unused = _unused_weights(model, _without_buffers(info["unexpected_keys"]))
+    if unused and info["missing_keys"]:
+        raise _misfit(model, info | {"unexpected_keys": unused}, name_or_path)
     masked = any(name.endswith("ForMaskedLM") for name in model.config.architectures or [])
     if info["missing_keys"] or info["mismatched_keys"] or masked:  # BERT would load, but see the word it has to predict
         raise ModelError(
             f"The model {str(name_or_path)!r} ({', '.join(model.config.architectures or ['unknown'])}) was not trained "
             "to predict the next token: use smollm2, or a causal language model from the hub."
         )
+    _report_unused(unused, name_or_path)
     tokenizer.padding_side = "right"
     window = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     tokenizer.model_max_length = min(tokenizer.model_max_length, window or tokenizer.model_max_length)
@@ -137,15 +158,40 @@ def class_names(config: PreTrainedConfig) -> list[str]:
 
 
 def name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:
-    """Set the number and the names of a classifier's classes."""
+    """Set the number and the names of a classifier's classes, which exclude each other."""
     config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    config.problem_type = None  # of an old head, such as a regression: pipelines read it
+
+
+def new_weights(model: PreTrainedModel) -> set[str]:
+    """Names of the weights that are not in the checkpoint, those of a new head among them; so an adapter takes them.
+
+    They are known for classifiers from this module, and after ``add_new_weights``.
+    """
+    return getattr(model, "_new_weights", set())
+
+
+def add_new_weights(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Remember that these weights are not in the checkpoint either."""
+    model._new_weights = new_weights(model) | {*names}
+
+
+def report_random_weights(base: PreTrainedModel, saved: Container[str], folder: str | Path) -> None:
+    """Print which weights of an adapter's base started at random and were not saved with the adapter."""
+    body = base.base_model_prefix + "."
+    random = sorted(name for name in new_weights(base) if name.startswith(body) and name not in saved)
+    if random:
+        print(
+            f"{folder}: {len(random)} weights of the base start at random and were not saved with the adapter, so that "
+            f"its logits may be others than in training: {', '.join(random[:4])}"
+        )
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
     """Save model, head and tokenizer; plain transformers, or the function that loaded them, can load them again.
 
     Args:
-        model: a classifier or a language model.
+        model: a classifier or a language model; not one with adapters (see ``save_adapter`` and ``save_bottleneck``).
         tokenizer: its tokenizer.
         folder: created if it does not exist; files of an earlier save are replaced.
 
@@ -153,9 +199,13 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
         The folder.
 
     Raises:
+        ModelError: the model is not a plain transformers model, or the folder holds an adapter.
         OSError: the folder cannot be created or written.
     """
+    _require_plain(model)
     folder = Path(folder)
+    if (folder / ADAPTER_FILE).is_file():  # transformers would put it on the model when it loads
+        raise ModelError(f"The folder {str(folder)!r} holds an adapter already: save the model in another folder.")
     folder.mkdir(parents=True, exist_ok=True)  # transformers would only log a failure
     with quiet_transformers():
         model.save_pretrained(folder)
@@ -167,9 +217,10 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a classifier that ``save`` wrote, with the same head, label names and logits.
 
     Raises:
-        ModelError: the folder does not contain a saved classifier.
+        ModelError: the folder does not contain a saved classifier, or not all of its weights, or others.
     """
     folder = Path(folder).absolute()  # a folder may have the name of an asset
+    _refuse_adapter(folder)
     if not (folder / "config.json").is_file():
         raise ModelError(f"There is no saved model in {str(folder)!r}: give the folder that save() returned.")
     source, options, advice = locate_model(folder)
@@ -177,7 +228,12 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         config = AutoConfig.from_pretrained(source, **options)
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
         raise ModelError(f"The model in {str(folder)!r} has no classification head: add one with load_classifier.")
-    return load_classifier(folder, class_names(config))
+    names = class_names(config)
+    model, tokenizer, info, _ = _read_classifier(folder, names, pretrained=True, dropout=None, seed=0)
+    if info["missing_keys"] or info["mismatched_keys"] or info["unexpected_keys"]:
+        raise _misfit(model, info, folder)
+    _report_weights(model, info, folder, config)
+    return finish_loading(model, tokenizer, folder)
 
 
 def locate_model(
@@ -209,6 +265,7 @@ def locate_model(
         advice = f"set FTKIT_CACHE to a new folder and run `ftkit fetch {asset.name}`"
         return str(registry.fetch(asset.name)), local, advice
     if Path(name_or_path).is_dir():
+        _refuse_adapter(Path(name_or_path))
         return str(name_or_path), local, f"give a folder that save() wrote, or a model like {example}"
     if isinstance(name_or_path, Path) or str(name_or_path).count("/") != 1:
         known = ", ".join(name for kind in kinds for name in registry.names(kind))
@@ -251,22 +308,99 @@ def set_dropout(config: PreTrainedConfig, dropout: float) -> None:
             setattr(config, name, float(dropout))
 
 
-def _report_weights(model: PreTrainedModel, info: dict[str, object], name: str | Path, old_names: list[str]) -> None:
-    """Print which weights below the head are missing in the checkpoint, and what happened to the checkpoint's head.
+def _report_weights(
+    model: PreTrainedModel, info: dict[str, Any], name: str | Path, old_config: PreTrainedConfig
+) -> None:
+    """Print which weights below the head the checkpoint lacks or has in vain, and what happened to its head.
 
     A new head is not mentioned if the checkpoint has none.
     """
-    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    new = sorted({*info["missing_keys"], *mismatched})
+    new = sorted(new_weights(model))
     body = [key for key in new if key.startswith(model.base_model_prefix + ".")]
     if body:
         some = ", ".join(body[:4])
         print(f"{name}: {len(body)} weights below the head are not in the checkpoint and start at random: {some}")
-    names = class_names(model.config)
-    if mismatched - {*body}:
+    _report_unused(_unused_weights(model, info["unexpected_keys"]), name)
+    names, old_names, old_type = class_names(model.config), class_names(old_config), old_config.problem_type
+    if info["mismatched_keys"] - {*body}:
         print(f"{name}: its head is for {len(old_names)} classes, not {len(names)}: a new one replaces it")
-    elif len(new) == len(body) and names != old_names:
-        print(f"{name}: its head is kept, its classes {old_names} are now called {names}")
+    elif len(new) == len(body):
+        if names != old_names:
+            print(f"{name}: its head is kept, its classes {old_names} are now called {names}")
+        if old_type not in (None, "single_label_classification"):
+            print(f"{name}: its head is kept, and was trained for {old_type}: its classes now exclude each other")
+
+
+def _report_unused(unused: set[str], name: str | Path) -> None:
+    if unused:
+        some = ", ".join(sorted(unused)[:4])
+        print(f"{name}: the network has no place for {len(unused)} of the checkpoint's weights: {some}")
+
+
+def _without_buffers(keys: Iterable[str]) -> set[str]:
+    """Leave out the buffers that other versions of transformers saved, which hold nothing that was learned."""
+    return {key for key in keys if not re.search(r"(^|\.)(position_ids|token_type_ids|inv_freq)$", key)}
+
+
+def _unused_weights(model: PreTrainedModel, unexpected: Iterable[str]) -> set[str]:
+    """Those of the unexpected weights that stand inside a layer of the network; not a head or pooler it lacks."""
+    layers = {name for name, _ in model.base_model.named_children()}
+    prefix = model.base_model_prefix + "."
+    return {key for key in unexpected if key.removeprefix(prefix).split(".")[0] in layers}
+
+
+def _require_plain(model: PreTrainedModel) -> None:
+    """Refuse a model that its config does not describe, since loading it would drop or lack some of its weights.
+
+    Raises:
+        ModelError: the model is wrapped, or its weights are not those of a new model with its config.
+    """
+    if not isinstance(model, PreTrainedModel):
+        advice = "give save() a model from load_classifier() or load_language_model()"
+        if hasattr(model, "peft_config"):
+            advice = "save its adapter with save_adapter(), or give save() the model that merge() returns"
+        raise ModelError(f"A {type(model).__name__} is not a plain transformers model: {advice}.")
+    with torch.device("meta"):  # without memory for its weights
+        plain = type(model)(copy.deepcopy(model.config))
+    ours, theirs = ({(name, tensor.shape) for name, tensor in m.state_dict().items()} for m in (model, plain))
+    if ours != theirs:
+        differences = _differences({name for name, _ in ours - theirs}, {name for name, _ in theirs - ours})
+        raise ModelError(
+            f"The weights of this {type(model).__name__} are not those that its config describes ({differences}): "
+            "save bottleneck adapters with save_bottleneck(), and a peft model with save_adapter()."
+        )
+
+
+def _misfit(model: PreTrainedModel, info: dict[str, Any], name: str | Path) -> ModelError:
+    missing = {*info["missing_keys"], *info["mismatched_keys"]}
+    return ModelError(
+        f"The weights of {str(name)!r} are not those of a {type(model).__name__} "
+        f"({_differences(info['unexpected_keys'], missing)}): save the model again, bottleneck adapters with "
+        "save_bottleneck() and a peft model with save_adapter()."
+    )
+
+
+def _differences(extra: set[str], missing: set[str]) -> str:
+    found = (("too many", extra), ("missing", missing))
+    return " and ".join(f"{len(names)} {what}, such as {min(names)}" for what, names in found if names)
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter; transformers would put one of peft on a whole model beside it.
+
+    Raises:
+        ModelError: the folder holds an adapter.
+    """
+    if (folder / ADAPTER_FILE).is_file():
+        call = "load_adapter"
+    elif (folder / BOTTLENECK_FILE).is_file() and not (folder / "config.json").is_file():
+        call = "load_bottleneck"
+    else:
+        return
+    raise ModelError(
+        f"The folder {str(folder)!r} holds an adapter, not a model of its own: load the model that it was trained on, "
+        f"and give both to {call}()."
+    )
 
 
 @contextlib.contextmanager
@@ -279,8 +413,16 @@ def as_model_error(name: str | Path, advice: str) -> Iterator[None]:
     """
     try:
         yield
+    except ImportError as error:
+        needed = re.split(r"[.:]( |$)", first_line(error))[0]
+        raise ModelError(
+            f"The model {str(name)!r} needs a package that is not installed ({needed}): install it with pip."
+        ) from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"The model {str(name)!r} can't be loaded ({first_line(error)}): {advice}.") from error
+        reason = first_line(error)
+        if "tiktoken" in reason:  # transformers takes a damaged SentencePiece file for one of tiktoken
+            reason = "its vocabulary file is damaged, or needs the package tiktoken"
+        raise ModelError(f"The model {str(name)!r} can't be loaded ({reason}): {advice}.") from error
 
 
 @contextlib.contextmanager

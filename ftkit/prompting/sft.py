@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
 from ftkit.errors import DataError
-from ftkit.models.causal_lm import next_token_logits, require_language_model
+from ftkit.models.causal_lm import next_token_logits, require_language_model, token_ids
 from ftkit.training.batching import IGNORED
 
 
@@ -40,9 +40,13 @@ def encode_completions(
     end = tokenizer.eos_token_id
     if end is None:
         raise DataError("The tokenizer has no end token: set tokenizer.eos_token, so that answers can end.")
+    for i, pair in enumerate(zip(prompts, answers, strict=True)):
+        if not all(isinstance(text, str) for text in pair):
+            raise DataError(f"Pair {i} is {pair}, and not two texts: leave it out, or give an empty answer as ''.")
+    starts = token_ids(tokenizer, prompts)  # without the end mark that some tokenizers add
+    whole = token_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
     rows = []
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        start, ids = (tokenizer(text, verbose=False)["input_ids"] for text in (prompt, prompt + answer))
+    for i, (start, ids, answer) in enumerate(zip(starts, whole, answers, strict=True)):
         if not start or ids[: len(start)] != start:
             raise DataError(
                 f"In pair {i}, no token begins where the answer {answer[:20]!r} begins: end the prompt without a space "

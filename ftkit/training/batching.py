@@ -1,9 +1,12 @@
 """Batches of rows of similar length, padded to the longest."""
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -29,12 +32,60 @@ def row_lengths(rows: Any) -> NDArray[np.int64]:
         raise ValueError("There are no rows to make batches of: give at least one row in this split.")
     if hasattr(rows, "lengths"):
         return rows.lengths
-    first = rows[0]
+    first = peek(rows)
     sequences = [key for key in ("input_ids", "attention_mask") if key in first]
-    if not sequences:
-        return np.ones(len(rows), dtype=np.int64)
-    column = rows[sequences[0]] if hasattr(rows, "column_names") else (row[sequences[0]] for row in rows)
-    return np.array([len(sequence) for sequence in column])
+    return flat_column(rows, sequences[0])[1] if sequences else np.ones(len(rows), dtype=np.int64)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the global generators of random numbers as they are: some rows draw from them when they are read."""
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+
+
+def peek(rows: Any) -> Mapping[str, Any]:
+    """The first row, read without a side effect."""
+    with random_state_kept():
+        return rows[0]
+
+
+def read_column(rows: Any, name: str) -> list[Any]:
+    """One column of the rows, read without a side effect."""
+    if (column := _arrow_column(rows, name)) is not None:
+        return column.to_pylist()
+    with random_state_kept():
+        return [row[name] for row in rows]
+
+
+def flat_column(rows: Any, name: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """One column of sequences of numbers, read without a side effect: all numbers in a row, and each sequence's length.
+
+    Args:
+        rows: N rows, at least one.
+        name: the column.
+
+    Returns:
+        The numbers of all sequences, one after the other, and the lengths of the sequences, shape (N,).
+    """
+    if (column := _arrow_column(rows, name)) is not None and not column.null_count:
+        lengths = pc.list_value_length(column).to_numpy().astype(np.int64)
+        return pc.list_flatten(column).to_numpy(), lengths
+    sequences = [np.asarray(sequence) for sequence in read_column(rows, name)]
+    filled = [sequence for sequence in sequences if len(sequence)] or [np.empty(0, dtype=np.int64)]
+    return np.concatenate(filled), np.array([len(sequence) for sequence in sequences])
+
+
+def _arrow_column(rows: Any, name: str) -> Any:
+    """The column of a datasets.Dataset as Arrow holds it, far faster than as Python lists; None for other rows."""
+    if name not in getattr(rows, "column_names", ()) or rows.format["type"] == "custom":  # custom: changed when read
+        return None
+    return rows.select_columns([name]).with_format("arrow")[:][name]
 
 
 def training_batches(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
@@ -71,13 +122,12 @@ def evaluation_batches(lengths: NDArray[np.int64], batch_size: int) -> Iterator[
 
 def row_labels(rows: Any) -> list[Any]:
     """The class of each row, or the list of its token labels."""
-    column = rows["labels"] if hasattr(rows, "column_names") else (row["labels"] for row in rows)
-    return [np.asarray(label).tolist() for label in column]
+    return [np.asarray(label).tolist() for label in read_column(rows, "labels")]
 
 
 def has_token_labels(rows: Any) -> bool:
     """Whether rows have a label for each token instead of one class."""
-    return len(rows) > 0 and np.ndim(rows[0]["labels"]) > 0
+    return len(rows) > 0 and np.ndim(peek(rows).get("labels", 0)) > 0
 
 
 def make_batch(
@@ -86,26 +136,33 @@ def make_batch(
     """A batch of the rows with these numbers, padded to the longest of them, on the device.
 
     Args:
-        model: the padding token is taken from its config.
+        model: its config names the padding token, and its head decides on which side of a row the padding stands.
         rows: a datasets.Dataset or any sequence of dicts.
         indices: row numbers, shape (B,).
         device: the device of the batch.
     """
-    pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
+    config = getattr(model, "config", None)
+    # A summary of type "last" (XLNet) reads the last position, padding or not. All other heads find the last token of a
+    # row, or don't need it, and many networks count positions from the left end of the batch: padded on the right, a
+    # row gets the result that it has alone, also where the tokenizer pads on the left, which is for generating text
+    side = "left" if getattr(config, "summary_type", None) == "last" else "right"
     numbers = indices.tolist()
     # a datasets.Dataset reads many rows in one call much faster than one by one
     chosen = rows.__getitems__(numbers) if hasattr(rows, "__getitems__") else [rows[i] for i in numbers]
-    batch = collate(chosen, {"input_ids": pad_token_id or 0, "labels": IGNORED})
+    batch = collate(chosen, {"input_ids": getattr(config, "pad_token_id", None) or 0, "labels": IGNORED}, side)
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def collate(rows: Sequence[Mapping[str, Any]], padding: Mapping[str, float]) -> dict[str, torch.Tensor]:
-    """Stack the columns of several rows, padded at the end to the longest where their lengths differ.
+def collate(
+    rows: Sequence[Mapping[str, Any]], padding: Mapping[str, float], side: Literal["left", "right"] = "right"
+) -> dict[str, torch.Tensor]:
+    """Stack the columns of several rows, padded to the longest where their lengths differ.
 
     Args:
         rows: dicts with the same keys. A value is a number, a list of numbers, an array or a CPU tensor; within a
             column the shapes may differ only in their first dimension.
         padding: the padding value by column; 0 for the others.
+        side: where the padding stands: "left" before a row, "right" after it.
 
     Returns:
         For each column a tensor of shape (B, longest, …): int64, float32 or bool.
@@ -113,14 +170,18 @@ def collate(rows: Sequence[Mapping[str, Any]], padding: Mapping[str, float]) -> 
     Raises:
         DataError: a column does not hold numbers, or its shapes differ beyond the first dimension.
     """
-    return {key: _stack(key, [row[key] for row in rows], padding.get(key, 0)) for key in rows[0]}
+    return {key: _stack(key, [row[key] for row in rows], padding.get(key, 0), side) for key in rows[0]}
 
 
-def _stack(key: str, values: list[Any], padding: float) -> torch.Tensor:
-    arrays = [
-        v.detach().float().numpy() if isinstance(v, torch.Tensor) and v.is_floating_point() else np.asarray(v)
-        for v in values
-    ]
+def as_array(value: Any) -> NDArray[Any]:
+    """A number, a list of numbers, an array or a CPU tensor as an array; floats of a tensor as float32."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.detach().float().numpy()
+    return np.asarray(value)
+
+
+def _stack(key: str, values: list[Any], padding: float, side: str) -> torch.Tensor:
+    arrays = [as_array(value) for value in values]
     kinds = {array.dtype.kind for array in arrays if array.size}
     if not kinds <= set("biuf"):
         raise DataError(f"The column {key!r} does not hold numbers: leave it out of the rows.")
@@ -132,5 +193,6 @@ def _stack(key: str, values: list[Any], padding: float) -> torch.Tensor:
     longest = max(len(array) for array in arrays)
     batch = np.full((len(arrays), longest, *arrays[0].shape[1:]), padding, dtype=dtype)
     for row, array in zip(batch, arrays, strict=True):
-        row[: len(array)] = array
+        start = longest - len(array) if side == "left" else 0
+        row[start : start + len(array)] = array
     return torch.from_numpy(batch)

@@ -2,15 +2,19 @@
 
 import hashlib
 import os
+import pickle
 import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import nn
 
-from ftkit.training.batching import row_labels, row_lengths
+from ftkit.training.batching import as_array, random_state_kept
 from ftkit.training.state import TrainingRun
 
 
@@ -51,6 +55,9 @@ class Checkpoint(Callback):
     CPU. Put it first in ``callbacks``, so that the others see the resumed run. It is one file, replaced in one move;
     accelerate's ``save_state`` writes a folder of several, which a crash can leave half-written.
 
+    The file knows its run: the settings, the training rows, the model, its weights at the start, and which of them
+    train. A model that this run has begun to train is accepted, too, so that a cell can be run again after Ctrl-C.
+
     Args:
         path: the file; its folder is created.
         every: optimiser steps between two writes; it is also written at the end of each epoch.
@@ -58,22 +65,28 @@ class Checkpoint(Callback):
 
     def __init__(self, path: str | Path, every: int = 100) -> None:
         self.path, self.every = Path(path), every
+        self._identity: dict[str, Any] = {}
 
     def on_start(self, run: TrainingRun) -> None:
         """Resume if the file exists.
 
         Raises:
-            ValueError: it belongs to a run with other settings or rows.
+            ValueError: it belongs to another run, or is not a checkpoint.
         """
+        self._identity = _identity(run)
         if not self.path.exists():
+            _starts[run.model] = self._identity["starting weights"]
             return
-        state = torch.load(self.path, weights_only=True)
-        for name, value in self._identity(run).items():
+        state = self._read()
+        if state["identity"].get("starting weights") == (begun_with := _starts.get(run.model)):
+            self._identity["starting weights"] = begun_with
+        for name, value in self._identity.items():
             if state["identity"].get(name) != value:
                 raise ValueError(
                     f"The checkpoint {self.path.name} is of a run with {name}={state['identity'].get(name)}, "
                     f"but this run has {value}: use another file, or delete it to start again."
                 )
+        _starts[run.model] = self._identity["starting weights"]
         run.model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.step, run.best_weights = state["step"], state["best_weights"]
@@ -90,7 +103,7 @@ class Checkpoint(Callback):
 
     def _write(self, run: TrainingRun) -> None:
         state = {
-            "identity": self._identity(run),
+            "identity": self._identity,
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "step": run.step,
@@ -109,11 +122,53 @@ class Checkpoint(Callback):
         finally:
             partial.unlink(missing_ok=True)
 
-    @staticmethod
-    def _identity(run: TrainingRun) -> dict[str, Any]:
-        rows = run.data["train"]
-        digest = hashlib.sha256(row_lengths(rows).tobytes() + np.hstack(row_labels(rows)).tobytes()).hexdigest()
-        return {**run.settings.model_dump(), "total_steps": run.total_steps, "training rows": digest[:12]}
+    def _read(self) -> dict[str, Any]:
+        try:
+            state = torch.load(self.path, weights_only=True)
+            if "identity" in state:
+                return state
+        except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError):
+            pass
+        raise ValueError(f"The file {self.path} is not a checkpoint, or is damaged: use another file, or delete it.")
+
+
+# digest of the weights with which a checkpointed run has begun to train a model
+_starts: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def _identity(run: TrainingRun) -> dict[str, Any]:
+    """What a checkpoint belongs to."""
+    trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    names = [name for name, p in run.model.named_parameters() if id(p) in trained]
+    weights = hashlib.sha256()
+    for name, p in run.model.named_parameters():
+        weights.update(f"{name} {tuple(p.shape)}".encode())
+        weights.update(p.detach().cpu().flatten().view(torch.uint8).numpy())
+    return {
+        **run.settings.model_dump(),
+        "total_steps": run.total_steps,
+        "model": type(run.model).__name__,
+        "trainable weights": f"{len(names)} ({hashlib.sha256(repr(names).encode()).hexdigest()[:12]})",
+        "starting weights": weights.hexdigest()[:12],
+        "training rows": _digest(run.data["train"], run.lengths),
+    }
+
+
+def _digest(rows: Any, lengths: NDArray[np.int64]) -> str:
+    """A digest of the rows: of their whole numbers, and of a few numbers of each array of floats, which may be large.
+
+    A column that changes from one reading to the next (augmentation) does not count.
+    """
+    digest = hashlib.sha256(lengths.tobytes())
+    with random_state_kept():
+        first, *again = ({name: as_array(value) for name, value in rows[0].items()} for _ in range(8))
+        fixed = [name for name in first if all(np.array_equal(first[name], other[name]) for other in again)]
+        for row in rows:
+            for name in fixed:
+                array = as_array(row[name])
+                few = array.ravel()[:: max(1, array.size // 16)] if array.dtype.kind == "f" else array
+                digest.update(few.tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _random_state() -> dict[str, Any]:

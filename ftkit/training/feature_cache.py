@@ -7,6 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
-from ftkit.errors import FeatureCacheError
+from ftkit.errors import FeatureCacheError, first_line
 from ftkit.models.architecture import Group, layer_groups
 from ftkit.models.modules import eval_mode
 from ftkit.training.batching import evaluation_batches, make_batch, row_lengths
+from ftkit.training.checks import match_rows
 
 STATES = "frozen_states"  # the column of the cached activations
 
@@ -81,6 +83,7 @@ class UpperLayers(nn.Module):
 
     def __init__(self, model: nn.Module, frozen: Sequence[Group], above: Group, forms: Mapping[str, int]) -> None:
         super().__init__()
+        groups = layer_groups(model)
         # copy the modules but share their parameters and buffers
         shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
         self.model = copy.deepcopy(model, shared)
@@ -93,13 +96,18 @@ class UpperLayers(nn.Module):
         for path, outputs in forms.items():  # need not run, because the cache replaces their outputs
             module = self.model.get_submodule(path)
             embedding = isinstance(module, nn.Embedding)
-            _replace(self.model, path, _NoEmbedding(module.weight) if embedding else _NoBlock(module, outputs))
+            self.model.set_submodule(path, _NoEmbedding(module.weight) if embedding else _NoBlock(module, outputs))
         if body is not None:
             self.model.base_model.forward = self._give_body
         elif above.block is None:  # the head reads the output of the last frozen block
             self.model.get_submodule(frozen[-1].block).register_forward_hook(self._give)
         else:
             self.model.get_submodule(above.block).register_forward_pre_hook(self._substitute, with_kwargs=True)
+        kept = {id(p) for p in self.parameters()}
+        self.own_groups = [  # read off the whole model, since this one runs only with cached states
+            replace(group, parameters={f"model.{name}": p for name, p in group.parameters.items() if id(p) in kept})
+            for group in groups
+        ]
 
     def forward(self, **batch: Tensor) -> Any:
         """The output of the whole model, with logits of shape (B, C).
@@ -117,10 +125,8 @@ class UpperLayers(nn.Module):
         finally:
             self._states = None
 
-    def _give_body(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        return BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=self._states, pooler_output=self._states[:, 0]
-        )
+    def _give_body(self, *args: Any, **kwargs: Any) -> "_BodyOutput":
+        return _BodyOutput(last_hidden_state=self._states, pooler_output=self._states[:, 0])
 
     def _give(self, block: "_NoBlock", args: tuple, output: Any) -> Tensor | tuple:
         return block.wrap(self._states)
@@ -132,12 +138,20 @@ class UpperLayers(nn.Module):
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
 
+class _BodyOutput(BaseModelOutputWithPoolingAndCrossAttentions):
+    """The output of a body, with None for what only some bodies return, such as the ``mems`` of XLNet."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class _NoEmbedding(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.width, self.dtype = weight.shape[1], weight.dtype
 
-    def forward(self, ids: Tensor, *args: Any) -> Tensor:
+    def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros(*ids.shape, self.width, dtype=self.dtype, device=ids.device)
 
 
@@ -157,11 +171,6 @@ class _NoBlock(nn.Module):
 
     def wrap(self, hidden_states: Tensor) -> Tensor | tuple:
         return (hidden_states, *[None] * (self.outputs - 1)) if self.outputs else hidden_states
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 def frozen_body(model: nn.Module) -> nn.Module | None:
@@ -206,21 +215,20 @@ def cache_frozen_layers(
     """
     frozen, above = _split_groups(model)
     _require_fixed_rows(data)
+    data = {split: match_rows(model, rows) for split, rows in data.items()}  # the cache forgets the names of classes
     lengths = {split: row_lengths(rows) for split, rows in data.items()}
     with eval_mode(model), torch.no_grad():
         split = next(iter(data))
         order = np.argsort(lengths[split], kind="stable")  # rows of several lengths, to see which token the head reads
         sample = order[np.unique(np.linspace(0, len(order) - 1, 8).astype(int))]
         batch = _batch(model, data[split], sample)
-        with _output_forms(model, frozen) as forms:
-            logits = model(**batch).logits
-        upper = UpperLayers(model, frozen, above, forms).eval()
+        upper, states, logits = _split_model(model, frozen, above, batch)
         reads = slice(None)
         if above.block is None and not _end_in_padding(model, data):
-            reads = _tokens_read(upper, _run_frozen(model, frozen, above, batch), batch, lengths[split][sample])
+            reads = _tokens_read(upper, states, batch, lengths[split][sample])
 
         kept = {name: n if reads == slice(None) else np.ones_like(n) for name, n in lengths.items()}
-        width = _run_frozen(model, frozen, above, batch).shape[-1]
+        width = states.shape[-1]
         on_disk = sum(int(n.sum()) for n in kept.values()) * width * 4 > max_memory_mib * 2**20
         cached = {}
         for name, rows in data.items():
@@ -233,12 +241,41 @@ def cache_frozen_layers(
                 if states.shape[1] not in (1, lengths[name][indices].max()):
                     raise FeatureCacheError(
                         f"The frozen layers give {states.shape[1]} positions for {lengths[name][indices].max()} "
-                        "tokens, as they do with virtual tokens: train the whole model instead."
+                        "tokens, because there are virtual tokens or the layers change the length: train the whole "
+                        "model instead."
                     )
                 for row, i in zip(states, indices, strict=True):
                     store[ends[i] - kept[name][i] : ends[i]] = row[: lengths[name][i]][reads]
-        _require_equal(upper, cached[split], sample, logits)
+        _require_equal(upper, upper(**_batch(upper, cached[split], sample)).logits, logits)
     return upper, cached
+
+
+def _split_model(
+    model: PreTrainedModel, frozen: Sequence[Group], above: Group, batch: Mapping[str, Tensor]
+) -> tuple[UpperLayers, Tensor, Tensor]:
+    """The upper layers; for a batch the output of the frozen ones, shape (B, T, H), and the logits, shape (B, C).
+
+    Raises:
+        FeatureCacheError: the upper layers do not give these logits from that output.
+    """
+    with _output_forms(model, frozen) as forms:
+        logits = model(**batch).logits
+    blocks = {path: form for path, form in forms.items() if not isinstance(model.get_submodule(path), nn.Embedding)}
+    reason = None
+    for replaced in (forms, blocks):  # the blocks of MPNet read one of the embeddings again
+        try:
+            states = _run_frozen(model, frozen, above, batch)
+            upper = UpperLayers(model, frozen, above, replaced).eval()
+            _require_equal(upper, upper(**{STATES: states}, **batch).logits, logits)
+            return upper, states, logits
+        except FeatureCacheError as error:
+            reason = error
+        except Exception as error:  # whatever the code of a model raises without its lowest layers
+            reason = FeatureCacheError(
+                f"The upper layers of {type(model).__name__} do not run without the frozen ones "
+                f"({first_line(error)}): train the whole model instead."
+            )
+    raise reason
 
 
 def _split_groups(model: nn.Module) -> tuple[list[Group], Group]:
@@ -295,6 +332,10 @@ def _output_forms(model: nn.Module, frozen: Sequence[Group]) -> Iterator[dict[st
 
     def look(path: str) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            if isinstance(module, nn.Embedding):
+                shape = (*args[0].shape, module.embedding_dim) if args and isinstance(args[0], Tensor) else None
+                if output.shape != shape:  # such as the positions of RoFormer
+                    return
             forms[path] = len(output) if isinstance(output, tuple) else 0
 
         return hook
@@ -370,12 +411,12 @@ def _cut_row(row: dict[str, Any], length: int, reads: slice) -> dict[str, Any]:
     return {key: value[reads] if np.ndim(value) and len(value) == length else value for key, value in row.items()}
 
 
-def _require_equal(upper: UpperLayers, rows: CachedRows, sample: NDArray[np.int64], logits: Tensor) -> None:
-    """Refuse a cache whose logits differ from those of the whole model."""
-    ours = upper(**_batch(upper, rows, sample)).logits
-    difference = float((ours - logits).abs().max() / logits.abs().max().clamp(min=1))
-    if not difference < _TOLERANCE:
+def _require_equal(upper: UpperLayers, ours: Tensor, logits: Tensor) -> None:
+    """Refuse upper layers whose logits differ from those of the whole model."""
+    difference, size = float((ours - logits).abs().max()), float(logits.abs().max())
+    if not difference <= max(_TOLERANCE * size, 1e-5):
         raise FeatureCacheError(
-            f"With cached layers the logits of {type(upper.model).__name__} differ by {difference:.1e}, because its "
-            "layers do not form a chain: train the whole model instead."
+            f"With cached layers the logits of {type(upper.model).__name__}, up to {size:.1e} in size, differ by "
+            f"{difference:.1e}, because its layers do not form a chain or read the padding: train the whole model "
+            "instead."
         )

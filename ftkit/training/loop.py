@@ -4,10 +4,12 @@ The loop knows no method. A method changes the model beforehand, adds a penalty 
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -29,6 +31,7 @@ from ftkit.training.batching import (
     training_batches,
 )
 from ftkit.training.callbacks import Callback
+from ftkit.training.checks import match_rows, require_settings
 from ftkit.training.losses import ModelWithLoss, Penalty, make_class_weights
 from ftkit.training.monitor import Meter
 from ftkit.training.state import History, TrainingRun, TrainSettings
@@ -49,7 +52,8 @@ def fit(
             rows or for the N tokens that have a label. A ``ModelWithLoss`` returns its loss instead. Parameters with
             ``requires_grad`` are trained; modules whose parameters are all frozen run in eval mode.
         data: rows by split, as ``encode`` makes them: "train" and, optionally, "validation". A row is a dict of
-            numbers and sequences; its ``labels`` are its class, or one label per token, where -100 is ignored.
+            numbers and sequences; its ``labels`` are its class, or one label per token, where -100 is ignored. Where
+            both the rows and the model name their classes, the labels are matched by name (``match_rows``).
         settings: the learning rate, the number of epochs and all else that ``TrainSettings`` lists.
         penalties: terms added to the loss.
         callbacks: called in this order.
@@ -58,8 +62,10 @@ def fit(
         The history of the run. After Ctrl-C too: the model then has the weights of the last complete step.
 
     Raises:
-        TrainingError: the loss is not finite, the memory is too small, nothing is trainable, or class weights are set
-            for rows without classes.
+        TrainingError: the loss is not finite, the memory is too small, nothing is trainable, or a setting does not suit
+            the model or the rows.
+        DataError: the model can't read the rows, or does not know their classes.
+        ModelError: the model has no embedding for its padding token.
     """
     run = prepare(model, data, settings)  # device, precision, optimiser, class weights, number of steps
     with Meter() as cost, _ending(run):
@@ -86,20 +92,17 @@ def fit(
 
 def prepare(model: nn.Module, data: Mapping[str, Any], settings: TrainSettings) -> TrainingRun:
     """Set the seed, put the model on the device, and make the optimiser; the arguments are those of ``fit``."""
-    if isinstance(model, ModelWithLoss) and (settings.label_smoothing or settings.class_weights is not None):
-        raise TrainingError(
-            f"{type(model).__name__} computes its own loss: set label_smoothing to 0 and class_weights to None."
-        )
+    require_settings(model, data["train"], settings)
+    data = {**data, **{split: match_rows(model, data[split]) for split in ("train", "validation") if split in data}}
     precision = choose_device().precision if settings.precision == "auto" else settings.precision
-    AcceleratorState._reset_state()  # it is global, and would refuse a precision other than that of the last run
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
-    set_seed(settings.seed)
-    prepared = accelerator.prepare_model(model)
-    optimizer = accelerator.prepare_optimizer(make_optimizer(model, settings))
+    with _without_accelerate_variables():
+        AcceleratorState._reset_state()  # it is global, and would refuse a precision other than that of the last run
+        accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+        set_seed(settings.seed)
+        prepared = accelerator.prepare_model(model)
+        optimizer = accelerator.prepare_optimizer(make_optimizer(model, settings))
     class_weights = None
-    if settings.class_weights is not None:  # otherwise nobody needs to read all labels
-        if has_token_labels(data["train"]):
-            raise TrainingError("class_weights need one class per row, and these have token labels: set it to None.")
+    if settings.class_weights is not None:
         num_classes = getattr(getattr(model, "config", None), "num_labels", 0)  # or those that the rows have
         weights = make_class_weights(settings.class_weights, row_labels(data["train"]), num_classes)
         class_weights = weights.to(accelerator.device)
@@ -109,12 +112,32 @@ def prepare(model: nn.Module, data: Mapping[str, Any], settings: TrainSettings) 
     return TrainingRun(model, data, settings, optimizer, accelerator, prepared, class_weights, lengths, steps_per_epoch)
 
 
-def steps_of(run: TrainingRun, epoch: int) -> Iterator[list[Any]]:
-    """The steps of an epoch that are still to do; a step is a list of batches, a batch an array of row numbers."""
+@contextmanager
+def _without_accelerate_variables() -> Iterator[None]:
+    """Hide what a launcher has left in the environment, because accelerate lets it overrule what the code says.
+
+    What a launcher says of processes (RANK, WORLD_SIZE, …) and of the device stays.
+    """
+    kept = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")
+    hidden = {name: os.environ[name] for name in os.environ if name.startswith("ACCELERATE_") and name not in kept}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def all_steps_of(run: TrainingRun, epoch: int) -> list[list[Any]]:
+    """The steps of an epoch; a step is a list of batches, a batch an array of row numbers."""
     batches = training_batches(run.lengths, run.settings.batch_size, run.settings.seed, epoch)
     per_step = run.settings.accumulation * run.accelerator.num_processes
-    for step in range(run.step - epoch * run.steps_per_epoch, run.steps_per_epoch):
-        yield batches[step * per_step : (step + 1) * per_step]
+    return [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
+
+
+def steps_of(run: TrainingRun, epoch: int) -> list[list[Any]]:
+    """The steps of an epoch that are still to do."""
+    return all_steps_of(run, epoch)[run.step - epoch * run.steps_per_epoch :]
 
 
 def train_step(run: TrainingRun, batches: list[Any], penalties: Sequence[Penalty] = ()) -> None:
@@ -185,15 +208,19 @@ def end_epoch(run: TrainingRun) -> None:
     """Validate, and keep the weights if they are the best so far (the first of equals)."""
     history = run.history
     losses = [step["loss"] for step in history.steps[-run.steps_per_epoch :]]
-    row = {"epoch": len(history.epochs) + 1, "train_loss": sum(losses) / len(losses)}
+    rows_per_step = [sum(map(len, batches)) for batches in all_steps_of(run, len(history.epochs))]
+    row = {"epoch": len(history.epochs) + 1, "train_loss": float(np.average(losses, weights=rows_per_step))}
     if "validation" in run.data:
         if has_token_labels(run.data["validation"]):
             score, sign = "validation_loss", -1
             row[score] = token_loss(run.model, run.data["validation"])
         else:
-            score, sign = "validation_accuracy", 1
+            weighted = run.settings.class_weights is not None
+            best_by = run.settings.best_by or ("balanced_accuracy" if weighted else "accuracy")
+            score, sign = f"validation_{best_by}", 1
             evaluation = evaluate(run.model, run.data["validation"])
-            row |= {"validation_loss": evaluation.loss, score: evaluation.accuracy}
+            row |= {"validation_loss": evaluation.loss, "validation_accuracy": evaluation.accuracy}
+            row[score] = getattr(evaluation, best_by)
         if sign * row[score] > max((sign * epoch[score] for epoch in history.epochs), default=-math.inf):
             history.best_epoch = row["epoch"]
             if run.settings.keep_best:
@@ -230,7 +257,12 @@ def _ending(run: TrainingRun) -> Iterator[None]:
 
 
 def lr_factor(step: int, total_steps: int, settings: TrainSettings) -> float:
-    """Share of the peak learning rate at a step (from 0): linear warm-up from 0, then the schedule down to 0."""
+    """Share of the peak learning rate at a step (from 0): linear warm-up from 0, then the schedule down to 0.
+
+    A single step is at the peak rate, since a warm-up from 0 would leave the weights as they are.
+    """
+    if total_steps == 1:
+        return 1.0
     warmup_steps = math.ceil(settings.warmup * total_steps)
     if step < warmup_steps:
         return step / warmup_steps
@@ -267,13 +299,17 @@ def evaluate(model: nn.Module, rows: Any, *, batch_size: int = 64) -> Evaluation
         batch_size: rows per forward pass; it changes memory and time, not the result.
 
     Returns:
-        Labels, probabilities and loss, and all that follows from them, in the order of the rows.
+        Labels, probabilities and loss, and all that follows from them, in the order of the rows. Classes are numbered
+        as in the model: where both name their classes, the labels are matched by name (``match_rows``).
 
     Raises:
         ValueError: the rows have one label per token.
+        DataError: the model can't read the rows, or does not know their classes.
+        ModelError: the model has no embedding for its padding token.
     """
     if has_token_labels(rows):
         raise ValueError("These rows have one label per token and no class: use token_loss for them.")
+    rows = match_rows(model, rows)
     if isinstance(model, ModelWithLoss):
         with eval_mode(model):
             return model.measure(rows, batch_size)
@@ -299,7 +335,11 @@ def token_loss(model: nn.Module, rows: Any, *, batch_size: int = 8) -> float:
         rows: one split of rows with one label per token, as ``encode_completions`` makes them.
         batch_size: rows per forward pass; keep it small, because the logits of a batch (labelled tokens x vocabulary)
             are held in memory.
+
+    Raises:
+        DataError, ModelError: as for ``evaluate``.
     """
+    rows = match_rows(model, rows)
     device = next(model.parameters()).device
     loss, tokens = 0.0, 0
     with eval_mode(model):

@@ -33,6 +33,9 @@ class TrainSettings(BaseModel):
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: the best for the device")
     keep_best: bool = Field(True, description="end with the weights of the epoch that is best on validation")
+    best_by: Literal["accuracy", "macro_f1", "balanced_accuracy"] | None = Field(
+        None, description="score of the best epoch; None: accuracy, or balanced accuracy if class_weights are set"
+    )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of the order of the rows and of dropout")
 
 
@@ -42,10 +45,11 @@ class History:
 
     Attributes:
         steps: one dict per step: step (from 1), loss, lr, grad_norm (before clipping).
-        epochs: one dict per epoch: epoch (from 1) and train_loss; with a validation split also validation_loss and,
-            where each row has one class, validation_accuracy.
-        best_epoch: the epoch that is best on validation, by accuracy or, without classes, by loss; None without a
-            validation split.
+        epochs: one dict per epoch: epoch (from 1) and train_loss, the mean over its rows; with a validation split also
+            validation_loss and, where each row has one class, validation_accuracy and the score of ``best_by``, for
+            example validation_macro_f1.
+        best_epoch: the epoch that is best on validation, by the score of ``best_by`` or, without classes, by loss; None
+            without a validation split.
         ended: "finished", "stopped" (by a callback) or "interrupted" (Ctrl-C).
         trainable_parameters: number of parameters that were trained.
         seconds: wall-clock time of the run.

@@ -15,6 +15,9 @@ from ftkit.adapters.lora import add_lora
 from ftkit.continual.fisher import diagonal_fisher
 from ftkit.models.architecture import layer_groups
 
+# peft reads a property that transformers has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
 
 def rows_for_tiny(num_rows: int = 6) -> list[dict[str, object]]:
     rng = np.random.default_rng(0)
@@ -108,11 +111,18 @@ def mean(x, mask):
     return (x * mask).sum(1) / mask.sum(1)
 
 
+def some_rows(layer, x, mask):
+    chosen = x[:, 0, 0] > 0
+    return mean(x, mask).index_copy(0, chosen.nonzero().flatten(), mean(layer(x[chosen]).tanh(), mask[chosen]))
+
+
 BETWEEN = {
+    "only some rows reach the layer": some_rows,
+    "changed in place": lambda layer, x, mask: mean(layer(x).tanh_(), mask),
     "a weight used outside of its layer": lambda layer, x, mask: mean((layer(x) @ layer.weight).tanh(), mask),
     "tokens before rows": lambda layer, x, mask: mean(layer(x.transpose(0, 1)).tanh().transpose(0, 1), mask),
     "an output with rows of its own": lambda layer, x, mask: (
-        mean(x, mask) @ layer(torch.eye(5)[:2]).tanh().sum(0).diag()
+        mean(x, mask) @ layer(torch.eye(5, dtype=x.dtype)[:2]).tanh().sum(0).diag()
     ),
     "padding counts": lambda layer, x, mask: layer(x).tanh().mean(1),
     "twice in one pass": lambda layer, x, mask: mean(layer(layer(x).tanh()).tanh(), mask),

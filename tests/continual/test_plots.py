@@ -1,8 +1,13 @@
 """Figures of continual learning: their numbers, texts and axes."""
 
+import io
+
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
+from PIL import Image
 
 from ftkit import plots
 from ftkit.continual import plots as continual_plots
@@ -61,3 +66,60 @@ def test_every_run_is_a_dot():
     figure = FIGURES["dots"]()
     assert figure.table.loc["ewc"].to_numpy().tolist() == [[0.5, 0.8], [0.9, 0.3]]
     assert "Old by accuracy on the new one, 3 runs; means: ewc 0.55 at 0.7, low rate 0.60 at 0.7." in figure.alt
+
+
+ODD = ["$", "$$", "$5 to $10", "_x", "a_b^c", "<b>&", "100 %", "%s {}"]
+ODD_MATRIX = AccuracyMatrix(np.full((8, 8), 0.5), [0.5] * 8, ODD)
+ODD_POINTS = pd.DataFrame({"strategy": ODD, "strength": 1.0, "new": 0.5, "old": 0.5})
+ODD_FIGURES = {
+    "heat_map": lambda: continual_plots.heat_map(ODD_MATRIX),
+    "over_time": lambda: continual_plots.over_time(ODD_MATRIX),
+    "dots": lambda: continual_plots.dots(ODD_POINTS, "new", "old", xlabel="$ and $"),
+    "plane": lambda: continual_plots.plane(ODD_POINTS, reference={"_$_$": (0.9, 0.3)}),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ODD_FIGURES)
+def test_no_character_of_a_name_has_a_meaning_in_a_figure(monkeypatch, name):
+    assert len(ODD_FIGURES[name]().png) > 1000
+    seen = []
+    monkeypatch.setattr(continual_plots, "Figure", lambda figure, alt, table: seen.append(figure))
+    ODD_FIGURES[name]()
+    shown = [text for text in seen[0].findobj(Text) if text.get_text()]
+    assert shown and not any(text.get_parse_math() for text in shown)
+    if name != "heat_map":
+        entries = [text.get_text().strip("\u200b") for text in seen[0].axes[0].get_legend().get_texts()]
+        entries = {entry.replace("_", " ").strip() for entry in entries}
+        assert entries >= {name.replace("_", " ").strip() for name in ODD}
+    seen[0].draw_without_rendering()
+    assert not [text for text in seen[0].findobj(Text) if "\\math" in text.get_text()]
+    plt.close("all")
+
+
+def test_figures_of_many_tasks_with_long_names_are_bounded(monkeypatch):
+    names = [f"task {i} about a rather long subject" for i in range(60)]
+    matrix = AccuracyMatrix(np.full((60, 60), 0.5), [0.5] * 60, names)
+    for draw in (continual_plots.heat_map, continual_plots.over_time):
+        figure = draw(matrix)
+        assert len(figure.alt) <= 2000 and max(Image.open(io.BytesIO(figure.png)).size) < 2500
+        assert figure.table.shape == (61, 60)
+    seen = []
+    monkeypatch.setattr(continual_plots, "Figure", lambda figure, alt, table: seen.append(figure))
+    continual_plots.heat_map(matrix), continual_plots.over_time(matrix)
+    assert not seen[0].axes[0].texts
+    assert len(seen[0].axes[0].get_yticks()) <= 40 and len(seen[1].axes[0].get_xticks()) <= 40
+    plt.close("all")
+
+
+def test_a_strategy_looks_the_same_in_every_figure(monkeypatch):
+    seen = []
+    monkeypatch.setattr(continual_plots, "Figure", lambda figure, alt, table: seen.append(figure))
+    points = pd.DataFrame({"strategy": list("abcdefgh"), "strength": 1.0, "new": 0.5, "old": 0.5})
+    continual_plots.plane(points), continual_plots.over_time(ODD_MATRIX)
+    looks = [
+        [(line.get_marker(), line.get_color()) for line in figure.axes[0].lines if line.get_label()[0] != "_"]
+        for figure in seen
+    ]
+    assert looks[0] == looks[1] and len(set(looks[0])) == 8
+    plt.close("all")

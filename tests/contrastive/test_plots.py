@@ -1,10 +1,14 @@
 """Figures of images and texts: numbers, labels and positions."""
 
+import io
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.offsetbox import AnnotationBbox
+from matplotlib.text import Text
+from PIL import Image
 
 from ftkit import plots
 from ftkit.contrastive import plots as contrastive_plots
@@ -133,3 +137,51 @@ def test_recall_is_one_line_per_rank_in_the_order_of_the_values(drawn):
     (ax,) = drawn("recall by name")
     assert ax.get_xscale() == "linear" and len(ax.lines) == 3
     assert [label.get_text() for label in ax.get_xticklabels()] == ["linear", "mlp"]
+
+
+ODD = ["$", "$$", r"$\frac$", "$5 to $10", "_x", "<b>&", "100 % {}", "a_b"]
+ODD_PAIRS = Pairs(RNG.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8), ODD, pd.DataFrame(index=range(8)))
+ODD_RECALL = pd.DataFrame({name: [0.3, 0.1] for name in ODD}, index=["$", "_$$"])
+ODD_FIGURES = {
+    "gallery": lambda: contrastive_plots.gallery(ODD_PAIRS, titles=ODD),
+    "similarity": lambda: contrastive_plots.similarity(np.eye(8), ODD_PAIRS, label="$ and $"),
+    "space": lambda: contrastive_plots.space(np.eye(8)[:, :2], np.eye(8)[:, 1:3], captions=ODD, title="$ and $"),
+    "recall": lambda: contrastive_plots.recall(ODD_RECALL, xlabel="$ and $"),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ODD_FIGURES)
+def test_no_character_of_a_text_has_a_meaning_in_a_figure(name, monkeypatch):
+    assert len(ODD_FIGURES[name]().png) > 1000
+    figures = []
+    monkeypatch.setattr(contrastive_plots, "Figure", lambda figure, alt, table: figures.append(figure))
+    ODD_FIGURES[name]()
+    shown = [text for text in figures[0].findobj(Text) if text.get_text()]
+    assert shown and not any(text.get_parse_math() for text in shown)
+    if name == "recall":
+        assert [text.get_text().strip("\u200b") for text in figures[0].axes[0].get_legend().get_texts()] == ODD
+    plt.close("all")
+
+
+def test_long_captions_and_many_pairs_make_no_large_figure():
+    long = "a very long description of it " * 400
+    pairs = Pairs(ODD_PAIRS.images, [long, "好评差评质量很好物流很快" * 100, *ODD[2:]], ODD_PAIRS.facts)
+    many = pairs.take([i % 8 for i in range(150)])
+    for figure in (
+        contrastive_plots.gallery(pairs, titles=[long, *ODD[1:]]),
+        contrastive_plots.similarity(np.eye(8), pairs),
+        contrastive_plots.similarity(np.eye(150), many),
+        contrastive_plots.recall(RECALL.set_axis([long, "b"]), xlabel="head"),
+    ):
+        assert len(figure.alt) <= 2000 and max(Image.open(io.BytesIO(figure.png)).size) < 2500
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # boxes are as wide as the letters
+def test_wide_letters_of_neighbouring_captions_do_not_overlap(drawn, monkeypatch):
+    chinese = Pairs(PAIRS.images, ["红色的猫和蓝色的狗在草地上玩耍"] * 3, PAIRS.facts)
+    monkeypatch.setitem(FIGURES, "gallery", lambda: contrastive_plots.gallery(chinese))
+    axes = drawn("gallery")
+    axes[0].figure.draw_without_rendering()
+    ends = [ax.texts[0].get_window_extent().intervalx for ax in axes]
+    assert ends[0][1] < ends[1][0] and ends[1][1] < ends[2][0]

@@ -448,7 +448,7 @@ def test_every_asset_is_described() -> None:
             assert field.name in optional or getattr(asset, field.name), (asset.name, field.name)
         assert asset.kind in {
             "text-encoder", "language-model", "image-encoder",
-            "text-classification", "language-modelling", "tagging", "images",
+            "text-classification", "language-modelling", "tagging", "images", "font",
         }  # fmt: skip
         assert 2 <= len(re.findall(r"\.(?:\s|$)", asset.description)) <= 5, asset.name
         archive = asset.archive
@@ -461,7 +461,7 @@ def test_every_asset_is_described() -> None:
 def test_names_by_kind() -> None:
     assert registry.names("text-encoder") == ["minilm"]
     assert registry.names("language-model") == ["smollm2"]
-    assert len(registry.names()) == len(set(registry.names())) == 18
+    assert len(registry.names()) == len(set(registry.names())) == 19
     assert registry.names("no such kind") == []
 
 

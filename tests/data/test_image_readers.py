@@ -1,12 +1,15 @@
 """Images read from a folder and from the hub, and a file for each fault that is reported."""
 
 import io
+import struct
+import unicodedata
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ftkit.data import image_readers
 from ftkit.data.image_readers import read_folder, read_hub_images
@@ -25,7 +28,7 @@ def save(
     mode: str = "RGB",
 ) -> None:
     path = folder / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     Image.new(mode, size, colour).save(path)
 
 
@@ -66,7 +69,7 @@ def test_usual_columns_are_guessed_at_any_position(folder: Path, header: str) ->
 
 def test_columns_and_file_can_be_named(folder: Path) -> None:
     write(folder, "one;a.png;eins", "two;b.png;zwei", header="caption;bild;satz", name="deutsch.csv")
-    with pytest.raises(DataError, match=r"2 \.csv files \(captions.csv, deutsch.csv\): name one with `captions=`"):
+    with pytest.raises(DataError, match=r"2 \.csv files \(captions.csv, deutsch.csv\): keep only"):
         read_folder(folder)
     with pytest.raises(DataError, match="no column 'file', only 'caption', 'bild', 'satz'"):
         read_folder(folder, "deutsch.csv")
@@ -124,7 +127,7 @@ def test_a_missing_folder_or_file_of_captions_is_refused(folder: Path) -> None:
         read_folder(folder / "nowhere")
     with pytest.raises(DataError, match=r"There is no file other\.csv"):
         read_folder(folder, "other.csv")
-    with pytest.raises(DataError, match=r"a\.png has an unsupported file type: save the captions as \.csv"):
+    with pytest.raises(DataError, match=r"a\.png has an unsupported file type: save it as one of \.csv"):
         read_folder(folder, "a.png")
     (folder / "captions.csv").unlink()
     with pytest.raises(DataError, match=r"no \.csv file: add one with the columns file and caption"):
@@ -188,11 +191,162 @@ def test_an_image_whose_first_row_has_no_caption_is_still_read(folder: Path) -> 
     assert notes == ["2 rows without a caption left out: a.png, b.png"]
 
 
-def test_captions_in_another_encoding_are_refused(folder: Path) -> None:
-    (folder / "captions.csv").write_text("file,caption\na.png,red\n", encoding="utf-16")
-    with pytest.raises(
-        DataError, match=r"captions\.csv is not UTF-8 \(line 1, byte 0xff\): save it as UTF-8.*iconv -f utf-16"
-    ):
+@pytest.mark.parametrize(
+    ("there", "written"),
+    [
+        ("deep/c.png", "deep\\c.png"),
+        ("deep/c.png", ".\\deep\\c.png"),
+        ("deep/c.png", "./deep//c.png"),
+        ("deep/c.png", "deep/../deep/c.png"),
+        ("deep/C.PNG", "Deep/c.png"),
+        (unicodedata.normalize("NFD", "é/über.png"), unicodedata.normalize("NFC", "é/über.png")),
+        (unicodedata.normalize("NFC", "é/über.png"), unicodedata.normalize("NFD", "é/über.png")),
+        (unicodedata.normalize("NFC", "é/") + unicodedata.normalize("NFD", "ü.png"), "é\\ü.png"),
+        (unicodedata.normalize("NFD", "가/が.png"), unicodedata.normalize("NFC", "가/が.png")),
+    ],
+)
+def test_a_file_is_found_under_the_name_that_another_system_writes(folder: Path, there: str, written: str) -> None:
+    save(folder, there, (0, 255, 0))
+    add(folder, f"{written},green")
+    pairs, notes = read_folder(folder)
+    assert notes == []  # neither missing nor an image without a caption
+    assert list(pairs.facts["file"]) == ["a.png", "b.png", there]
+
+
+def test_a_name_as_it_stands_goes_before_a_similar_one(folder: Path) -> None:
+    save(folder, "A.png", (0, 255, 0))
+    save(folder, "deep\\c.png", (1, 2, 3))
+    save(folder, "deep/c.png", (4, 5, 6))
+    add(folder, "A.png,green", "deep\\c.png,dark", "deep/c.png,darker", "DEEP/C.png,darker again")
+    pairs, notes = read_folder(folder)
+    assert notes == [] and pairs.images[:, 0, 0].tolist()[2:] == [[0, 255, 0], [1, 2, 3], [4, 5, 6], [4, 5, 6]]
+    add(folder, "A.PNG,of two files")  # a.png or A.png?
+    assert "1 missing files left out: A.PNG" in read_folder(folder)[1]
+
+
+def test_links_and_absolute_names_are_followed_but_nothing_above_the_folder(folder: Path) -> None:
+    elsewhere = folder.parent / f"{folder.name}-blobs"
+    elsewhere.mkdir()
+    for number, name in enumerate(("0a1b", "sub", "secret.png")):
+        save(elsewhere, f"{name}.png", (number, 9, 9))
+    (folder / "linked.png").symlink_to(elsewhere / "0a1b.png")
+    (elsewhere / "shelf").mkdir()
+    (elsewhere / "sub.png").rename(elsewhere / "shelf" / "sub.png")
+    (folder / "shelf").symlink_to(elsewhere / "shelf")
+    (folder / "broken.png").symlink_to(elsewhere / "gone.png")
+    save(folder, "absolute.png", (3, 9, 9))
+    add(folder, "linked.png,linked", "shelf/sub.png,in a linked folder", f"{folder}/absolute.png,absolute")
+    add(folder, "broken.png,broken", f"../{elsewhere.name}/secret.png.png,above", "linked/../../x.png,above")
+    link = folder.parent / f"{folder.name}-link"
+    link.symlink_to(folder)
+    for path in (folder, link):
+        pairs, notes = read_folder(path)
+        assert list(pairs.facts["file"]) == ["a.png", "b.png", "linked.png", "shelf/sub.png", "absolute.png"]
+        above = f"../{elsewhere.name}/secret.png.png"
+        assert notes == [f"3 missing files left out: broken.png, {above}, linked/../../x.png"]
+
+
+def test_hidden_files_of_other_systems_are_skipped(folder: Path) -> None:
+    (folder / "._captions.csv").write_bytes(b"\x00\x05\x16\x07")
+    (folder / "._a.png").write_bytes(b"\x00\x05\x16\x07")
+    (folder / "__MACOSX").mkdir()
+    (folder / "__MACOSX" / "._b.png").write_bytes(b"\x00\x05\x16\x07")
+    save(folder, ".ipynb_checkpoints/a-checkpoint.png", RED)
+    assert read_folder(folder)[1] == []
+
+
+def test_advice_on_several_files_of_captions_can_be_followed_without_options(folder: Path) -> None:
+    write(folder, "a.png,one", name="other.csv")
+    with pytest.raises(DataError, match=r"\(captions.csv, other.csv\): keep only the one with the captions") as error:
+        read_folder(folder)
+    assert "`captions=` of `load_images`" in str(error.value)
+
+
+def test_captions_may_be_in_a_spreadsheet_or_lines_of_json(folder: Path) -> None:
+    table = pd.DataFrame({"file": ["a.png", "b.png", None], "caption": ["red", 7, "of no file"]})
+    table.to_excel(folder / "sheet.xlsx", index=False)
+    table.to_json(folder / "lines.jsonl", orient="records", lines=True)
+    for name in ("sheet.xlsx", "lines.jsonl"):
+        pairs, notes = read_folder(folder, name)
+        assert pairs.captions == ["red", "7"] and notes == ["1 missing files left out: (no name)"]
+
+
+def test_what_was_guessed_about_the_captions_is_noted(folder: Path) -> None:
+    write(folder, "x;a.png;one", "y;b.png;two", header="id;Image;Title")
+    assert read_folder(folder)[1] == [
+        "fields separated by ';'",
+        "images from column 'Image', captions from column 'Title' (guessed)",
+    ]
+
+
+def with_exif(folder: Path, name: str, exif: bytes) -> None:
+    """An image that is twice as wide as high, its left half red, with EXIF data as they are."""
+    image = Image.new("RGB", (80, 40), BLUE)
+    image.paste(RED, (0, 0, 40, 40))
+    image.save(folder / name, exif=exif, quality=100, subsampling=0)
+
+
+def exif_entries(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF data of entries (tag, type, count, value of 4 bytes)."""
+    body = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + body + b"\0\0\0\0"
+
+
+TURNED = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
+
+
+@pytest.mark.parametrize(
+    "flawed",
+    [
+        (0x011A, 2, 4, b"300\0"),  # the resolution as text
+        (0x0213, 2, 2, b"&\0\0\0"),
+        (0x829A, 5, 1, b"\xff\xff\xff\x7f"),  # points behind the end
+        (0x9999, 99, 1, b"\0\0\0\0"),  # of no type
+    ],
+)
+def test_a_malformed_exif_entry_does_not_make_an_image_unreadable(folder: Path, flawed: tuple) -> None:
+    with_exif(folder, "turned.jpg", exif_entries(TURNED, flawed))
+    image = read_one(folder, "turned.jpg")
+    assert abs(image[5, 20] - RED).max() < 9 and abs(image[35, 20] - BLUE).max() < 9  # turned, so red is above
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage that is no TIFF", exif_entries((0x0112, 2, 2, b"6\0\0\0"))])
+def test_unusable_exif_data_leave_an_image_as_it_is(folder: Path, exif: bytes) -> None:
+    with_exif(folder, "plain.jpg", exif)
+    image = read_one(folder, "plain.jpg")
+    assert abs(image[20, 5] - RED).max() < 9 and abs(image[20, 35] - BLUE).max() < 9
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_that_of_pillow(folder: Path, orientation: int) -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(folder / "turned.png", exif=exif)
+    with Image.open(folder / "turned.png") as saved:
+        expected = np.asarray(ImageOps.exif_transpose(saved))
+    write(folder, "turned.png,this", "b.png,blue")
+    assert np.array_equal(read_folder(folder, size=32)[0].images[0], expected)
+
+
+def test_an_image_of_which_nothing_is_left_is_named(folder: Path) -> None:
+    save(folder, "line.png", size=(2000, 3))
+    save(folder, "bar.png", size=(3, 2000))
+    save(folder, "thin.png", (1, 2, 3), size=(60, 1))
+    add(folder, "line.png,a line", "bar.png,a bar", "thin.png,thin")
+    pairs, notes = read_folder(folder, size=64)
+    assert notes == ["2 images too thin to be seen at 64 pixels left out: line.png, bar.png"]
+    assert (pairs.images[2] < 200).any()  # a row of pixels is left
+    assert "too thin" not in str(read_folder(folder, size=500)[1])
+
+
+def test_captions_in_another_encoding_are_decoded_or_refused(folder: Path) -> None:
+    rows = "file,caption\na.png,red\nb.png,café\n"
+    (folder / "captions.csv").write_text(rows, encoding="utf-16")
+    assert read_folder(folder)[1] == ["decoded from UTF-16"]
+    (folder / "captions.csv").write_text(rows, encoding="cp1252")
+    with pytest.raises(DataError, match=r"captions\.csv is not UTF-8 \(line 3, byte 0xe9\): save it as UTF-8"):
         read_folder(folder)
 
 
@@ -243,6 +397,14 @@ def test_hub_splits_become_pairs(hub: Hub) -> None:
     ]
 
 
+def test_a_thin_image_of_the_hub_is_counted(hub: Hub) -> None:
+    line = io.BytesIO()
+    Image.new("RGB", (999, 1)).save(line, "PNG")
+    images = [png(RED), png(BLUE), {"bytes": line.getvalue(), "path": None}]
+    hub[0]["train"] = hub_split(images, ["red", "sea", "line"])
+    assert "1 too thin rows of train left out" in read_hub_images("owner/name", size=20)[1]
+
+
 def test_hub_caption_may_be_a_list(hub: Hub) -> None:
     text = datasets.List(datasets.Value("string"))
     hub[0]["train"] = hub_split([png(RED), png(BLUE), png(BLUE)], [["first", "second"], ["sea"], []], text)
@@ -251,7 +413,9 @@ def test_hub_caption_may_be_a_list(hub: Hub) -> None:
 
 def test_missing_hub_columns_are_refused(hub: Hub) -> None:
     hub[0]["train"] = hub_split([png(RED)], ["red"]).rename_column("caption", "satz")
-    with pytest.raises(DataError, match="no usual column of texts, only id, photo, satz: name one with `caption=`"):
+    with pytest.raises(
+        DataError, match="no usual column of texts, only id, photo, satz: take another data set, or name"
+    ):
         read_hub_images("owner/name")
     assert read_hub_images("owner/name", caption="satz")[0]["train"].captions == ["red"]
     with pytest.raises(DataError, match="no column 'satz' of images"):

@@ -148,8 +148,19 @@ def test_a_folder_gives_as_many_images_as_asked_for(folder: Path) -> None:
     assert {split: len(pairs) for split, pairs in part.items()} == {"train": 10, "validation": 4, "test": 8}
     for split, pairs in part.items():
         assert files(pairs) == files(whole[split])[: len(pairs)]
-    with pytest.raises(DataError, match="21 training images: train=22 is too many"):
-        load_images(folder, size=16, train=22)
+
+
+def test_a_small_folder_gives_what_it_has(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"{i}.png,image {i}" for i in range(12)]
+    (folder / "captions.csv").write_text("\n".join(["file,caption", *lines]))
+    for path in folder.glob("[12]?.png"):
+        if int(path.stem) >= 12:
+            path.unlink()
+    splits = load_images(folder, size=16, train=96, validation=64, test=64)
+    assert {split: len(pairs) for split, pairs in splits.items()} == {"train": 9, "validation": 1, "test": 2}
+    assert capsys.readouterr().out == (
+        f"{folder}: train=96 asked for, but only 9 training images are there; 9 train / 1 validation / 2 test\n"
+    )
 
 
 def test_a_limit_loses_no_image_of_a_folder(folder: Path) -> None:

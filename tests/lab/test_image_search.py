@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bs4 import BeautifulSoup
 from torch import Tensor
 
 from ftkit.data.pairs import Pairs
@@ -84,6 +85,15 @@ def test_an_image_finds_the_nearest_captions_each_once(box):
     assert told == ["<b>green</b>", "red green", "red &lt;b&gt;"]  # its own is bold, text is escaped
     assert cosines(box.told.value) == sorted(cosines(box.told.value), reverse=True)
     assert "red <b>" not in box.told.value + box.found.value
+
+
+def test_captions_are_not_set_as_formulas():
+    pairs = Pairs(IMAGES[:2], ["from $1 to $2", "<i>&amp;"], pd.DataFrame(index=range(2)))
+    box = SearchBox(Colours(), pairs, "red", k=2)
+    for shown in (box.found, box.told):
+        page = BeautifulSoup(shown.value, "html.parser")
+        assert {"from $1 to $2", "<i>&amp;"} <= {text.strip() for text in page.find_all(string=True)}
+        assert "mathjax_ignore" in page.div["class"]
 
 
 def test_pairs_are_encoded_once(box):

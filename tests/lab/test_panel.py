@@ -28,7 +28,7 @@ from ftkit.lab import settings
 from ftkit.lab.results import Outcome, read_ledger
 from ftkit.lab.schema import NotebookSettings, Parameter, setting
 from ftkit.lab.settings import FullFineTuning
-from ftkit.lab.widgets.controls import make_controls
+from ftkit.lab.widgets.controls import StaticPanel, make_controls
 from ftkit.lab.widgets.panel import Panel, panel
 from ftkit.metrics import Evaluation
 from ftkit.training.callbacks import Callback
@@ -425,6 +425,21 @@ def test_two_runs_are_compared() -> None:
     assert "No setting differs." in text_of(panel.comparison)
     panel.second.value = 5
     assert text_of(panel.comparison) == "Choose two different runs."
+
+
+def test_no_character_of_a_value_or_message_has_a_meaning() -> None:
+    value = "$1 or $2 <i>&amp;"
+    panel = Panel(EveryKind.at("smoke"), fake_train)
+    for name in (value, "other"):
+        panel.controls["name"].widget.value = name
+        train(panel)
+    panel.curve.say(f"no {value}", "alert")
+    static = StaticPanel(EveryKind.at("smoke", name=value))._repr_html_()
+    for page in (panel.table.value, panel.comparison.value, panel.curve.status.value, static):
+        found = [text for text in BeautifulSoup(page, "html.parser").find_all(string=True) if value in text]
+        assert found
+        for text in found:
+            assert any("mathjax_ignore" in parent.get("class", []) for parent in text.parents)
 
 
 CELLS = (

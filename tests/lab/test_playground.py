@@ -1,12 +1,15 @@
 """The chat box and the playground, with a tiny random language model and the tokenizer of smollm2."""
 
+import re
+
 import pytest
 import torch
+from bs4 import BeautifulSoup
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ftkit.data.assets.registry import fetch
 from ftkit.lab.widgets import playground as module
-from ftkit.lab.widgets.display import StaticPreview
+from ftkit.lab.widgets.display import StaticPreview, said
 from ftkit.lab.widgets.playground import ChatBox, Playground, chat_box, playground
 from ftkit.models.generation import generate
 from ftkit.prompting.scoring import score, to_evaluation
@@ -105,6 +108,25 @@ def test_the_playground_shows_the_probabilities_of_the_first_row(model, tokenize
     assert "Review: Fine &lt;b&gt;!" in shown
     for p in evaluation.probabilities[0]:
         assert f"<td>{p:.3f}</td>" in shown
+
+
+@pytest.mark.usefixtures("somebody")
+def test_no_character_of_a_text_or_class_has_a_meaning_in_a_widget(model, tokenizer) -> None:
+    labels = {"$5 to $10": " cheap", "<b>&": " dear", "_x": " odd", "long " * 100: " fine"}
+    rows = [{"text": "$1 or $2 <i>", "label": label} for label in range(4)]
+    shown = playground(model, tokenizer, rows, pool=rows, template=TEMPLATE, verbalizer=Verbalizer(labels))
+    shown.ask()
+    for label, box in shown.words.items():
+        description = BeautifulSoup(box.description, "html.parser")
+        assert box.description_allow_html and "mathjax_ignore" in description.span["class"]
+        assert description.text.strip("\u200b") == label[:31].strip() + "…" * (len(label) > 32)
+    assert shown.template.style.description_width == "32ch"
+    box = ChatBox(model, tokenizer, "from $1 to $2", 4)
+    box.reply()
+    preview = StaticPreview(shown.result.value)._repr_html_()
+    for page in (preview, box.conversation.value, said("$1 or $2")):
+        text = next(node for node in BeautifulSoup(page, "html.parser").find_all(string=re.compile(r"\$1|\$5")))
+        assert any("mathjax_ignore" in parent.get("class", []) for parent in text.parents)
 
 
 @pytest.mark.usefixtures("somebody")

@@ -1,7 +1,9 @@
 """Run notebooks and write their results and report; on tiny notebooks that train nothing."""
 
 import base64
+import errno
 import json
+import os
 import re
 import signal
 import subprocess
@@ -9,16 +11,20 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
 import psutil
 import pytest
 from bs4 import BeautifulSoup
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbclient.exceptions import CellTimeoutError
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from ftkit.lab.results import LEDGER, format_table, read_ledger, results_table, save_metrics
+from ftkit.lab.results import LEDGER, format_table, read_ledger, results_table, save_metrics, write_whole
+from ftkit.lab.runs import execution, notebooks, report
 from ftkit.lab.runs.notebooks import Run, find_notebook, parameters_help, run_notebook
 from ftkit.lab.runs.report import write_report
 from ftkit.lab.settings import FullFineTuning
@@ -155,6 +161,56 @@ def test_unknown_names_are_refused_before_anything_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def tagged(path: Path, *cells: nbformat.NotebookNode) -> Path:
+    """A notebook of these cells, all tagged `parameters`, and one that prints."""
+    for cell in cells:
+        cell.metadata["tags"] = ["parameters"]
+    nbformat.write(new_notebook(cells=[*cells, new_code_cell("print('ran')")]), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        ([new_code_cell(PARAMETERS), new_code_cell(PARAMETERS)], "2 cells have it"),  # JupyterLab copies tags
+        ([new_markdown_cell("# Settings"), new_code_cell(PARAMETERS)], "2 cells have it"),
+        ([new_markdown_cell(PARAMETERS)], "a markdown cell has it"),
+        ([], "no cells have it"),
+        ([new_code_cell("%load_ext autoreload\n" + PARAMETERS)], "not plain Python ('%load_ext autoreload')"),
+        ([new_code_cell(PARAMETERS + "\n!ls")], "not plain Python ('!ls')"),
+        ([new_code_cell("lr = 0.1")], 'has no tier: add the line tier = "cpu"'),
+    ],
+)
+@pytest.mark.parametrize("name", ["tiny", "01_full_fine_tuning"])
+def test_a_notebook_needs_one_plain_parameters_cell(tmp_path: Path, name: str, cells: list, words: str) -> None:
+    if "tier" in words and name != "tiny":
+        pytest.skip("a settings class has a tier")
+    notebook = tagged(tmp_path / f"{name}.ipynb", *[cell.copy() for cell in cells])
+    with pytest.raises(ValueError, match=re.escape(words)) as refused:
+        run_notebook(notebook, {"lr": 3e-3}, out=tmp_path / "out", progress=False)
+    assert re.fullmatch(r"[^\n]+\.", str(refused.value))
+    assert not (tmp_path / "out").exists()
+
+
+SAVES = "from ftkit.lab.results import save_metrics\npath = save_metrics({'lr': lr, 'data': data, 'tier': tier}, {})"
+
+
+def test_settings_that_are_not_what_was_given_are_an_error(tmp_path: Path) -> None:
+    notebook = write_notebook(tmp_path / "resets.ipynb", "lr = 1e-4", SAVES)
+    run = run_notebook(notebook, {"lr": 3e-3}, out=tmp_path / "out", progress=False)
+    assert run.error == entry_of(run)["error"] == "lr was given as 0.003, but the notebook used 0.0001"
+    assert run_notebook(notebook, {"lr": 1e-4}, out=tmp_path / "out", progress=False).error is None
+
+
+@pytest.mark.parametrize(("used", "error"), [(40, None), (200, "rows was given as 100, but the notebook used 200")])
+def test_a_notebook_may_use_fewer_rows_than_given(tmp_path: Path, used: int, error: str | None) -> None:
+    notebook = tagged(tmp_path / "few.ipynb", new_code_cell("rows: int = 10\ntier: str = 'cpu'"))
+    made = nbformat.read(notebook, as_version=4)
+    made.cells[1].source = f"from ftkit.lab.results import save_metrics\npath = save_metrics({{'rows': {used}}}, {{}})"
+    nbformat.write(made, notebook)
+    assert run_notebook(notebook, {"rows": 100}, out=tmp_path / "out", progress=False).error == error
+
+
 def test_notebooks_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "notebooks").mkdir()
     notebook = write_notebook(tmp_path / "notebooks" / "90_mine.ipynb")
@@ -181,6 +237,116 @@ def test_a_kernel_that_dies_ends_the_run_with_an_error(tmp_path: Path) -> None:
     run = run_notebook(notebook, out=tmp_path / "out {x}", progress=False)  # braces in a path are part of its name
     assert run.error.startswith("The kernel died")
     assert run.error in BeautifulSoup(write_report(run).read_text(encoding="utf-8"), "html.parser").get_text()
+
+
+def test_a_kernel_that_no_longer_answers_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "_SILENCE", 2.0)
+    stops = "import os, signal\nprint('so far', os.getpid())\nos.kill(os.getpid(), signal.SIGSTOP)"
+    run = run_notebook(write_notebook(tmp_path / "stops.ipynb", stops), out=tmp_path / "out", progress=False)
+    assert run.error.endswith("it had not answered for 2 seconds (cell 3, “A tiny notebook”)")
+    assert entry_of(run)["error"] == run.error
+    text = BeautifulSoup(write_report(run).read_text(encoding="utf-8"), "html.parser").get_text()
+    assert run.error in text
+    assert not psutil.pid_exists(int(re.search(r"so far (\d+)", text)[1]))
+
+
+def test_a_kernel_that_does_not_start_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(env: dict, real=execution._kernel) -> object:
+        kernel = real(env)
+        kernel.kernel_spec.argv[:] = [sys.executable, "-c", "raise SystemExit(1)"]
+        return kernel
+
+    monkeypatch.setattr(execution, "_kernel", broken)
+    run = run_notebook(write_notebook(tmp_path / "tiny.ipynb", "print('ran')"), out=tmp_path / "out", progress=False)
+    assert run.error == ("The kernel did not start: Kernel died before replying to kernel_info (before the first cell)")
+    assert entry_of(run)["error"] == run.error
+    page = write_report(run).read_text(encoding="utf-8")
+    assert run.error in page and "print" not in page
+
+
+def test_a_flood_of_output_arrives(tmp_path: Path) -> None:
+    floods = "for i in range(2500):\n    print(i, '.' * 30_000, flush=True)"
+    run = run_notebook(write_notebook(tmp_path / "floods.ipynb", floods), out=tmp_path / "out", progress=False)
+    assert run.error is None
+    outputs = nbformat.read(run.executed, as_version=4).cells[-1].outputs
+    printed = "".join(output.text for output in outputs).splitlines()
+    assert [int(line.split()[0]) for line in printed] == list(range(2500))
+
+
+def test_output_that_does_not_arrive_is_told_in_a_sentence(tmp_path: Path) -> None:
+    failure = CellTimeoutError.error_from_timeout_and_cell("Timeout waiting for IOPub output", 4, new_code_cell("1\n2"))
+    watch = SimpleNamespace(ended_kernel=False)
+    told = execution._in_a_sentence(failure, watch, started=True)
+    assert re.fullmatch(r"The output of the cell did not arrive [^\n]+: print less", told)
+
+
+def test_a_notebook_that_ends_itself_did_not_finish(tmp_path: Path) -> None:
+    cells = ("print('so far')", "import sys; sys.exit(0)", "print('later')")
+    run = run_notebook(write_notebook(tmp_path / "exits.ipynb", *cells), out=tmp_path / "out", progress=False)
+    assert run.error == "SystemExit: the cells below were not executed (cell 4, “A tiny notebook”)"
+    run = run_notebook(write_notebook(tmp_path / "exits.ipynb", *cells[:2]), out=tmp_path / "out", progress=False)
+    assert run.error is None  # in the last cell
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"settings": {"lr": 1', "[]", "", '{"settings": {}}', '{"settings": {}, "metrics": {"full": 0.5}}',
+        '{"settings": {}, "metrics": {"full": {"accuracy": "high"}}}',
+        '{"settings": {}, "metrics": {"full": {"accuracy": NaN}}}',
+    ],
+)  # fmt: skip
+def test_damaged_metrics_are_an_error_of_the_run(tmp_path: Path, content: str) -> None:
+    run = Run("a", tmp_path / "a", Path("tiny.ipynb"), "cpu", datetime.now().astimezone(), {"tier": "cpu"}, {}, {}, "")
+    run.folder.mkdir()
+    (run.folder / "metrics.json").write_text(content, encoding="utf-8")
+    notebooks._read_metrics(run)
+    notebooks._record(run)
+    assert re.fullmatch(r"metrics\.json is damaged \([^\n]+", run.error)
+    assert (entry_of(run)["error"], entry_of(run)["metrics"]) == (run.error, None)
+
+
+def fill_disk(patch: pytest.MonkeyPatch, after: int) -> None:
+    """Let the disk be full for executed notebooks after some writes, in the middle of the file."""
+    writes = iter(range(1000))
+
+    def write(path: Path, text: str, real=Path.write_text, **options: object) -> int:
+        if path.name.startswith("notebook.ipynb") and next(writes) >= after:
+            real(path, text[: len(text) // 2], **options)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, text, **options)
+
+    patch.setattr(Path, "write_text", write)
+
+
+def test_a_disk_that_becomes_full_leaves_no_half_file(tmp_path: Path) -> None:
+    notebook = write_notebook(tmp_path / "tiny.ipynb", "## Here", "print('so far')", "## There", "print('later')")
+    with pytest.MonkeyPatch.context() as patch:
+        fill_disk(patch, after=5)  # 1 at the start, then 2 for each cell
+        run = run_notebook(notebook, out=tmp_path / "out", progress=False)
+    assert re.fullmatch(r"\S+notebook\.ipynb cannot be written \(No space .*\): free .* \(cell 2, .*\)", run.error)
+    assert entry_of(run)["error"] == run.error
+    assert [path.name for path in run.folder.iterdir()] == ["notebook.ipynb"]
+    assert nbformat.read(run.executed, as_version=4).cells[-1].source == "print('later')"
+
+
+def test_a_full_disk_at_the_start_leaves_nothing(tmp_path: Path) -> None:
+    notebook = write_notebook(tmp_path / "tiny.ipynb")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match=r"cannot be written \(No space.*\): free"):
+        fill_disk(patch, after=0)
+        run_notebook(notebook, out=tmp_path / "out", progress=False)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_run_that_cannot_be_recorded_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out" / LEDGER).mkdir(parents=True)  # not a file
+    run = run_notebook(write_notebook(tmp_path / "tiny.ipynb"), out=tmp_path / "out", progress=False)
+    assert re.fullmatch(rf"\S+{LEDGER} cannot be written \([^\n]+", run.error)
+
+
+def test_any_printed_text_can_be_written(tmp_path: Path) -> None:
+    assert write_whole(tmp_path / "a.json", json.dumps("a\ud800", ensure_ascii=False)).exists()
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == "a\ud800"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to another process")
@@ -305,7 +471,7 @@ def test_the_help_lists_every_parameter(tmp_path: Path) -> None:
         r"^  rows +training rows of each seed\n +int: 2 to 1,000,000 rows; default 64 \| 1,000 \| 6,000$", text, re.M
     )
     assert re.search(
-        r"^  schedule +the rate after warm-up\n +str: linear, cosine, constant; default linear$", text, re.M
+        r"^  schedule +learning rate after warm-up\n +str: linear, cosine, constant; default linear$", text, re.M
     )
     names = [line.split()[0] for line in text.splitlines()[1::2]]
     assert names == list(FullFineTuning.model_fields)[1:]
@@ -331,6 +497,40 @@ def test_a_report_names_no_folder_of_the_machine(run: Run) -> None:
         assert str(private) not in text
     # a path below the current folder may be shown relative to it
     assert re.search(rf"…/(?:\S+/)?{re.escape(Path(sys.executable).name)}", text)
+
+
+def shown_of(*outputs: nbformat.NotebookNode) -> str:
+    """The text that a report shows of a cell's outputs."""
+    cell = new_code_cell("1", outputs=list(outputs))
+    page = report._body(new_notebook(cells=[cell]), folder=Path())
+    return "".join(element.get_text() for element in page.select(".output")).strip()
+
+
+def printed(text: str, name: str = "stdout") -> nbformat.NotebookNode:
+    return new_output("stream", name=name, text=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\rb\rc", "c"), ("a\rb\n1\r2\n3", "b\n2\n3"), ("a\r\nb", "a\nb"), ("a\rb\r\nc", "b\nc"),
+        ("x" * 1_000_000, "x" * 1_000_000),  # with time that grows as the square of the line, this takes an hour
+        ("/" * 1_000_000, "/" * 1_000_000),
+    ],
+)  # fmt: skip
+def test_a_report_shows_the_last_state_of_a_line(text: str, shown: str) -> None:
+    assert shown_of(printed(text)).replace("\r", "") == shown
+
+
+def test_long_markdown_is_shown_as_it_was_written() -> None:
+    text = "*a" * 100_000
+    assert shown_of(new_output("display_data", data={"text/markdown": text, "text/plain": "an object"})) == text
+    assert shown_of(new_output("display_data", data={"text/markdown": "*a*", "text/plain": "an object"})) == "a"
+
+
+def test_pieces_of_a_stream_are_one_output() -> None:
+    pieces = [printed("a "), printed("b\n"), printed("c", "stderr"), printed("d")]
+    assert [output.text for output in report._merged(pieces)] == ["a b\n", "c", "d"]
 
 
 def test_metrics_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Loading and saving: real weights for what a reader does, tiny random networks of many families for the rest."""
 
+import copy
+import io
 import json
 import re
 import subprocess
@@ -9,11 +11,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import sentencepiece
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_bert import make_tiny_bert
+from tiny_models import disturb
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
+    AlbertConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -22,22 +28,32 @@ from transformers import (
     BartConfig,
     BertConfig,
     BertModel,
+    DebertaV2Config,
     DistilBertConfig,
     GPT2Config,
     LlamaConfig,
+    MBartConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
     T5Config,
+    TextClassificationPipeline,
     ViTConfig,
+    XLMRobertaConfig,
+    XLNetConfig,
 )
 
 import ftkit
+from ftkit.adapters.bottleneck import add_adapters, save_bottleneck
+from ftkit.adapters.lora import add_lora, merge, save_adapter
 from ftkit.data.assets.registry import fetch
 from ftkit.errors import ModelError
 from ftkit.models.device import choose_device
 from ftkit.models.loading import load, load_classifier, load_language_model, save
 from ftkit.models.modules import count_parameters
+
+# peft reads a property that transformers has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 SOURCES = sorted(Path(ftkit.__file__).parent.rglob("*.py"))
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "film", "to", "see", "again", "dull", "and", "long"]
@@ -260,6 +276,167 @@ def test_a_saved_model_loads_in_plain_transformers_with_identical_logits(
     assert torch.equal(logits_of(renamed, tokenizer).cpu(), expected)
 
 
+@pytest.mark.parametrize(
+    ("problem", "outputs"), [("regression", 1), ("multi_label_classification", 3), ("single_label_classification", 3)]
+)
+def test_a_new_head_for_classes_does_not_inherit_the_problem_of_the_old_one(
+    problem: str, outputs: int, save_tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny(BertConfig(**SMALL))
+    config = BertConfig(**SMALL, num_labels=outputs, problem_type=problem)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    model, tokenizer = load_classifier(folder, ["bad", "good"])
+    saved = save(disturb(model), tokenizer, tmp_path / "saved")
+    plain = AutoModelForSequenceClassification.from_pretrained(saved)
+    scores = TextClassificationPipeline(model=plain, tokenizer=tokenizer)(TEXTS, top_k=None)
+    expected = logits_of(model, tokenizer).softmax(-1)
+    for row, wanted in zip(scores, expected, strict=True):
+        assert {score["label"]: pytest.approx(score["score"], abs=1e-5) for score in row} == {
+            "bad": wanted[0].item(), "good": wanted[1].item(),
+        }  # fmt: skip
+    assert "problem_type" not in json.loads((saved / "config.json").read_text())
+
+    capsys.readouterr()
+    kept, _ = load_classifier(folder, max(outputs, 2))
+    told = capsys.readouterr().out
+    assert kept.config.problem_type is None
+    assert ("was trained for multi_label_classification: its classes now exclude each other" in told) == (
+        problem == "multi_label_classification"
+    )
+
+
+@pytest.mark.parametrize("change", ["adapters", "lora", "the base of lora", "layer", "head"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_what_a_config_does_not_describe_is_not_saved(
+    family: str, change: str, save_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, tokenizer = load_classifier(save_tiny(FAMILIES[family]), 2)
+    message = r"are not those that its config describes .*: save .*save_bottleneck\(\), .*save_adapter\(\)\.$"
+    if change == "adapters":
+        add_adapters(model, 4)
+    elif change == "layer":
+        model.base_model.extra = nn.Linear(2, 2)
+    elif change == "head":
+        name = "classifier" if family == "bert" else "score"
+        setattr(model, name, nn.Linear(32, 3))
+    else:
+        adapted = add_lora(model)
+        if change == "lora":
+            model, message = (
+                adapted,
+                r"is not a plain .*: save its adapter with save_adapter\(\), or .*merge\(\) returns\.$",
+            )
+    with pytest.raises(ModelError, match=message) as caught:
+        save(model, tokenizer, tmp_path / "saved")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_network_around_a_model_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"A Sequential is not a plain transformers model: give save\(\) a model from"):
+        save(nn.Sequential(make_tiny_bert()), make_tokenizer(), tmp_path / "saved")
+
+
+def test_saving_leaves_the_global_random_state_unchanged(tmp_path: Path) -> None:
+    model, before = make_tiny_bert(), torch.get_rng_state()
+    save(model, make_tokenizer(), tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_and_an_adapter_do_not_share_a_folder(tmp_path: Path) -> None:
+    adapted = disturb(add_lora(make_tiny_bert()))
+    save_adapter(adapted, tmp_path / "adapter")
+    with pytest.raises(ModelError, match="holds an adapter already: save the model in another folder"):
+        save(merge(adapted), make_tokenizer(), tmp_path / "adapter")
+    folder = save(merge(adapted), make_tokenizer(), tmp_path / "model")
+    with pytest.raises(ModelError, match="holds a model already: save the adapter in another folder"):
+        save_adapter(adapted, folder)
+    adapted.save_pretrained(folder)  # as plain peft would
+    with pytest.raises(ModelError, match=r"holds an adapter, not a model of its own: .*load_adapter\(\)"):
+        load(folder)  # transformers would add the update a second time
+
+
+@pytest.mark.parametrize("read", [load, lambda folder: load_classifier(folder, 2), load_language_model])
+def test_a_folder_with_an_adapter_is_refused_by_what_loads_models(
+    read: Callable[[Path], object], tmp_path: Path
+) -> None:
+    save_adapter(add_lora(make_tiny_bert()), tmp_path / "lora")
+    save_bottleneck(add_adapters(make_tiny_bert(), 4), tmp_path / "bottleneck")
+    for folder, call in [("lora", "load_adapter"), ("bottleneck", "load_bottleneck")]:
+        with pytest.raises(
+            ModelError, match=rf"holds an adapter, .*: load the model .*, and give both to {call}\(\)\.$"
+        ):
+            read(tmp_path / folder)
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+KEY = "bert.encoder.layer.0.output.dense.adapter.up.bias"
+BIAS = "bert.pooler.dense.bias"
+DAMAGES = {
+    "more": (lambda weights: weights.update({KEY: torch.ones(32)}), rf"\(1 too many, such as {KEY}\)"),
+    "fewer": (lambda weights: weights.pop(BIAS), rf"\(1 missing, such as {BIAS}\)"),
+    "no head": (lambda weights: weights.pop("classifier.weight"), r"\(1 missing, such as classifier\.weight\)"),
+    "other shape": (lambda weights: weights.update({BIAS: torch.ones(3)}), rf"\(1 missing, such as {BIAS}\)"),
+    "renamed": (
+        lambda weights: weights.update({"bert.pooler.dense.base_layer.bias": weights.pop(BIAS)}),
+        rf"\(1 too many, such as .*base_layer\.bias and 1 missing, such as {BIAS}\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_folder_with_other_weights_than_those_of_its_network_is_refused(damage: str, tmp_path: Path) -> None:
+    change, message = DAMAGES[damage]
+    folder = save(make_tiny_bert(), make_tokenizer(), tmp_path)
+    change_weights(folder, change)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_buffers_that_other_versions_of_transformers_saved_do_no_harm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = make_tiny_bert(), make_tokenizer()
+    folder = save(model, tokenizer, tmp_path)
+    buffers = ("embeddings.position_ids", "embeddings.token_type_ids", "encoder.rotary_emb.inv_freq")
+    change_weights(folder, lambda weights: weights.update({f"bert.{name}": torch.arange(9)[None] for name in buffers}))
+    assert torch.equal(logits_of(load(folder)[0], tokenizer), logits_of(model, tokenizer))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("headless", "key"), [(False, KEY), (True, KEY.removeprefix("bert."))])
+def test_weights_that_a_new_classifier_leaves_out_are_named(
+    headless: bool, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save(make_tiny_bert(), make_tokenizer(), tmp_path)
+    if headless:
+        make_tiny_bert().bert.save_pretrained(folder)
+    change_weights(folder, lambda weights: weights.update({key: torch.ones(32), "cls.predictions.bias": torch.ones(9)}))
+    load_classifier(folder, 2, seed=3)
+    said = capsys.readouterr().out
+    assert f"{folder}: the network has no place for 1 of the checkpoint's weights: {key}\n" in said
+
+
+def test_a_language_model_with_weights_of_adapters_is_not_called_a_model_of_another_kind(
+    save_tiny: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny(FAMILIES["llama"])
+    name = "model.layers.0.mlp.down_proj"
+    change_weights(folder, lambda weights: weights.update({f"{name}.adapter.up.bias": torch.ones(32)}))
+    capsys.readouterr()
+    load_language_model(folder)
+    assert f"no place for 1 of the checkpoint's weights: {name}.adapter.up.bias\n" in capsys.readouterr().out
+    change_weights(folder, lambda w: w.update({f"{name}.base_layer.weight": w.pop(f"{name}.weight")}))
+    with pytest.raises(ModelError, match=r"2 too many, .* and 1 missing, .*save_adapter\(\)"):
+        load_language_model(folder)
+
+
 def test_saving_over_the_folder_that_was_loaded_keeps_the_new_weights(tmp_path: Path) -> None:
     model, tokenizer = load(save(make_tiny_bert(), make_tokenizer(), tmp_path / "saved"))
     torch.nn.init.constant_(model.classifier.weight, 0.5)
@@ -277,6 +454,82 @@ def test_saving_to_the_path_of_a_file_raises_an_error(tmp_path: Path) -> None:
     (tmp_path / "saved").write_text("")
     with pytest.raises(OSError, match="saved"):
         save(make_tiny_bert(), make_tokenizer(), tmp_path / "saved")
+
+
+# Tokenizers that are a SentencePiece file -----------------------------------------------------------------------
+
+MARKED = {"bos_piece": "[CLS]", "eos_piece": "[SEP]", "pad_piece": "[PAD]", "unk_piece": "[UNK]"}
+PIECES: dict[str, tuple[PreTrainedConfig, str, dict[str, object]]] = {
+    "deberta-v3": (
+        DebertaV2Config(**SMALL), "spm.model", {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, **MARKED},
+    ),
+    "albert": (
+        AlbertConfig(**SMALL), "spiece.model", {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3, **MARKED},
+    ),
+    "xlnet": (
+        XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=48), "spiece.model",
+        {"pad_id": -1, "unk_id": 0, "control_symbols": "<cls>,<sep>,<pad>,<mask>"},
+    ),
+    "t5": (
+        T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=0), "spiece.model",
+        {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+    ),
+    "mbart": (
+        MBartConfig(
+            d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=48, decoder_ffn_dim=48,
+        ),
+        "sentencepiece.bpe.model", {},
+    ),
+    "xlm-roberta": (XLMRobertaConfig(**SMALL | {"pad_token_id": 1}), "sentencepiece.bpe.model", {}),
+}  # fmt: skip
+
+
+def save_pieces(family: str, folder: Path) -> sentencepiece.SentencePieceProcessor:
+    """Save a tiny network beside a SentencePiece file only."""
+    config, file, options = PIECES[family]
+    config = copy.deepcopy(config)
+    config.vocab_size = 200  # more than the pieces and the marks that a tokenizer adds
+    AutoModel.from_config(config).save_pretrained(folder)
+    texts = ["a film to see again", "dull and long", "the best film of the year", "it was long and very dull"] * 5
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=written, vocab_size=45, hard_vocab_limit=False, minloglevel=2,
+        **options,
+    )  # fmt: skip
+    (folder / file).write_bytes(written.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+
+
+@pytest.mark.parametrize("family", PIECES)
+def test_a_folder_with_only_a_sentencepiece_file_loads_and_is_saved(family: str, tmp_path: Path) -> None:
+    pieces = save_pieces(family, tmp_path / "given")
+    model, tokenizer = load_classifier(tmp_path / "given", 2)
+    for text in [*TEXTS, "the film was very long"]:
+        assert tokenizer.tokenize(text) == pieces.encode(text, out_type=str)
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert set(ids) & set(tokenizer.all_special_ids)  # the network's own marks are added
+    expected = logits_of(model, tokenizer)
+    again, tokenizer_again = load(save(model, tokenizer, tmp_path / "saved"))
+    assert torch.equal(logits_of(again, tokenizer_again), expected)
+
+
+def test_a_damaged_sentencepiece_file_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    save_pieces("t5", tmp_path)
+    file = tmp_path / "spiece.model"
+    file.write_bytes(file.read_bytes()[:200])
+    refuse(tmp_path, "can't be loaded .*its vocabulary file is damaged")
+
+
+def test_a_package_that_is_missing_is_named(save_tiny: Callable[..., Path]) -> None:
+    folder = save_tiny(FAMILIES["bert"])
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    for kind, package in [("mecab", "fugashi"), ("sudachi", "sudachipy"), ("jumanpp", "rhoknp")]:
+        settings = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": kind}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        refuse(folder, rf"needs a package that is not installed \(.*{package}[^.]*\): install it with pip\.$")
 
 
 # Errors -------------------------------------------------------------------------------------------------------

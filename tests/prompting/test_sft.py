@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import CONFIGS, VOCABULARY, disturb, make_tiny, make_word_tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -71,6 +72,20 @@ def test_labels_stand_where_a_token_of_the_answer_is_next():
         "labels": [-100, -100, 7, 8, END],
     }
     assert rows[1] == {"input_ids": [6], "attention_mask": [1], "answer_mask": [True], "labels": [END]}
+
+
+@pytest.mark.parametrize("around", ["$A </s>", "<s> $A", "<s> $A </s>"])
+def test_the_marks_that_a_tokenizer_adds_stand_where_they_belong(around):
+    """The start of the text comes before it, and its end once after the answer."""
+    tokenizer = make_word_tokenizer()
+    tokenizer.bos_token = "w59"
+    special = [("<s>", tokenizer.bos_token_id), ("</s>", END)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=around, special_tokens=special)
+    assert tokenizer("w3")["input_ids"] == [59] * ("<s>" in around) + [3] + [END] * ("</s>" in around)
+    rows, plain = (encode_completions(["w3 w4", "w6"], [" w7 w8", ""], tok) for tok in (tokenizer, TOKENIZER))
+    begin = "<s>" in around
+    assert rows["input_ids"][:] == [[59] * begin + ids for ids in plain["input_ids"]]
+    assert rows["labels"][:] == [[-100] * begin + labels for labels in plain["labels"]]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
@@ -243,6 +258,9 @@ def test_the_perplexity_of_uniform_predictions_is_the_vocabulary_size():
 def test_pairs_that_cannot_be_encoded_are_refused():
     with pytest.raises(DataError, match="2 prompts and 1 answers"):
         encode_completions(["w3", "w4"], [" w5"], TOKENIZER)
+    for prompt, answer in ((None, " w3"), ("w3", None), ("w3", 5)):
+        with pytest.raises(DataError, match=r"Pair 1 is .*, and not two texts"):
+            encode_completions(["w4", prompt], [" w5", answer], TOKENIZER)
     with pytest.raises(DataError, match="In pair 1, no token begins where the answer '5' begins"):
         encode_completions(["w3", "w4"], [" w5", "5"], TOKENIZER)
     with pytest.raises(DataError, match="In pair 0, no token begins"):

@@ -15,6 +15,8 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
 from ftkit.errors import TrainingError
+from ftkit.metrics import Evaluation
+from ftkit.training import loop
 from ftkit.training.batching import make_batch, row_lengths, training_batches
 from ftkit.training.callbacks import Callback, Checkpoint, EarlyStopping
 from ftkit.training.loop import backward, evaluate, fit, lr_factor, prepare
@@ -146,6 +148,83 @@ def test_balanced_class_weights_equal_those_of_scikit_learn() -> None:
     with pytest.raises(ValueError, match="has 2 values for 3 classes: give one for each"):
         make_class_weights((1.0, 2.0), labels, 3)
     assert make_class_weights("balanced", [0, 0, 2], 4).tolist() == pytest.approx([3 / 8, 0, 3 / 4, 0])
+
+
+# What is inherited, one step, epochs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "inductor"),
+        ("ACCELERATE_USE_FSDP", "true"),
+    ],
+)
+def test_what_a_launcher_left_in_the_environment_changes_nothing(
+    tiny_data: dict, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    settings = TrainSettings(**FAST, precision="fp32")
+    plain, inherited = make_tiny_bert(), make_tiny_bert()
+    expected = fit(plain, tiny_data, settings).steps
+    monkeypatch.setenv(name, value)
+    assert fit(inherited, tiny_data, settings).steps == expected
+    assert torch.equal(weights_of(plain), weights_of(inherited))
+    assert os.environ[name] == value
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_a_single_step_trains_at_the_peak_rate(schedule: str) -> None:
+    model = make_tiny_bert()
+    before = weights_of(model)
+    history = fit(model, {"train": make_rows(8)}, TrainSettings(lr=1e-3, num_epochs=1, batch_size=8, schedule=schedule))
+    assert [step["lr"] for step in history.steps] == [1e-3]
+    assert not torch.equal(before, weights_of(model))
+    two = [lr_factor(step, 2, TrainSettings(schedule=schedule)) for step in range(2)]
+    assert two == [0, 1]  # longer runs keep their schedule
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_its_rows() -> None:
+    """65 rows are a step of 64 and a step of 1, which counts as 1 row of 65."""
+    rows, model = make_rows(65), make_tiny_bert(dropout=0)
+    expected = evaluate(model, rows).loss
+    history = fit(model, {"train": rows}, TrainSettings(lr=1e-12, num_epochs=2, batch_size=64))
+    losses = [step["loss"] for step in history.steps]
+    assert abs(losses[0] - losses[1]) > 1e-3
+    assert [epoch["train_loss"] for epoch in history.epochs] == pytest.approx([expected] * 2, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "score", "best"),
+    [
+        ({}, "accuracy", 1),
+        ({"best_by": "macro_f1"}, "macro_f1", 3),
+        ({"best_by": "balanced_accuracy"}, "balanced_accuracy", 2),
+        ({"class_weights": "balanced"}, "balanced_accuracy", 2),
+        ({"class_weights": (1.0, 5.0)}, "balanced_accuracy", 2),
+        ({"class_weights": "balanced", "best_by": "accuracy"}, "accuracy", 1),
+    ],
+)
+def test_the_best_epoch_is_that_of_the_score_asked_for(
+    monkeypatch: pytest.MonkeyPatch, settings: dict, score: str, best: int
+) -> None:
+    """On 16 rows of a common class and 4 of a rare one, each epoch is the best by another score."""
+    found = iter([(16, 0), (8, 4), (14, 2)])  # rows of each class that the epoch gets right
+    labels = np.repeat([0, 1], [16, 4])
+
+    def measured(model: torch.nn.Module, rows: list) -> Evaluation:
+        common, rare = next(found)
+        predictions = np.repeat([0, 1, 1, 0], [common, 16 - common, rare, 4 - rare])
+        return Evaluation(labels, np.eye(2)[predictions], loss=0.5)
+
+    monkeypatch.setattr(loop, "evaluate", measured)
+    data = {"train": make_rows(16), "validation": make_rows(20, seed=1)}
+    history = fit(make_tiny_bert(), data, TrainSettings(lr=1e-3, num_epochs=3, batch_size=8, **settings))
+    assert history.best_epoch == best
+    assert [epoch["validation_accuracy"] for epoch in history.epochs] == [0.8, 0.6, 0.8]
+    expected = {"epoch", "train_loss", "validation_loss", "validation_accuracy", f"validation_{score}"}
+    assert set(history.epochs[0]) == expected
 
 
 # Chance, checkpoints, interruption ----------------------------------------------------------------------------

@@ -128,6 +128,44 @@ def fetch(name: str, progress: bool = True) -> Path:
     return entry / name
 
 
+def verify(name: str) -> str | None:
+    """Read every file of an asset and compare it with its hash at the time it was unpacked.
+
+    Args:
+        name: an asset of the registry.
+
+    Returns:
+        A sentence that names the damaged files and what to do; None if they are as they were, or not downloaded.
+    """
+    entry = _entry(get(name).archive)
+    if not entry.exists():
+        return None
+    try:
+        manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
+        files = manifest["assets"].get(name, {"files": {}})["files"]
+        hashes = {entry / name / file: facts["sha256"] for file, facts in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        damaged = [entry / "manifest.json"]
+    else:
+        damaged = [path for path, sha256 in hashes.items() if not _is_intact(path, sha256)]
+    if not damaged:
+        return None
+    paths = ", ".join(map(str, damaged))
+    return f"The asset {name!r} is damaged ({paths}): delete the folder {entry} and run `ftkit fetch {name}`."
+
+
+def _is_intact(file: Path, sha256: str) -> bool:
+    try:
+        return _digest(file) == sha256
+    except OSError:
+        return False
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def _entry(archive: Archive) -> Path:
     return cache_dir() / f"{archive.distribution}-{archive.version}"
 
@@ -141,15 +179,15 @@ def _problem(asset: Asset) -> str | None:
     entry = _entry(asset.archive)
     try:
         manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        cached = manifest["assets"].get(asset.name)
+        if manifest["sha256"] != asset.archive.sha256 or cached is None or cached["members"] != _patterns(asset):
+            return "was cached by another version of ftkit"
+        for file, facts in cached["files"].items():
+            path = entry / asset.name / file
+            if not path.is_file() or path.stat().st_size != facts["size"]:
+                return f"is damaged ({path} is missing or has the wrong size; `ftkit assets --verify` checks all files)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # AttributeError: not a JSON object
         return "is not cached"
-    cached = manifest["assets"].get(asset.name)
-    if manifest["sha256"] != asset.archive.sha256 or cached is None or cached["members"] != _patterns(asset):
-        return "was cached by another version of ftkit"
-    for file, facts in cached["files"].items():
-        path = entry / asset.name / file
-        if not path.is_file() or path.stat().st_size != facts["size"]:
-            return f"is damaged ({path} is missing or has the wrong size)"
     return None
 
 
@@ -218,10 +256,8 @@ def _manifest(archive: Archive, folder: Path) -> dict[str, object]:
     for asset in _assets_in(archive):
         files = {}
         for path in sorted(p for p in (folder / asset.name).rglob("*") if p.is_file()):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
             relative = path.relative_to(folder / asset.name).as_posix()
-            files[relative] = {"size": path.stat().st_size, "sha256": digest}
+            files[relative] = {"size": path.stat().st_size, "sha256": _digest(path)}
         assets[asset.name] = {"members": _patterns(asset), "files": files}
     return {"sha256": archive.sha256, "assets": assets}
 

@@ -3,15 +3,19 @@
 A run that the folder's ledger already lists with the same identity and without an error is not repeated.
 """
 
+import _thread
 import ast
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +25,15 @@ from typing import IO, Any
 from ftkit.lab.results import LEDGER, read_ledger
 from ftkit.lab.runs.notebooks import check_parameters, identify
 
-_RANGE = re.compile(r"\s*(-?\d+)\.\.(-?\d+)\s*")
+MOST_RUNS = 10_000  # of a grid
+
+_RANGE = re.compile(r"\s*(-?\d{1,18})\.\.(-?\d{1,18})\s*")
+
+# A run of a grid. It ends, as after Ctrl-C, when the grid's process is gone: then its standard input ends.
+_CHILD = (
+    "import sys; from ftkit.lab.runs.grid import end_with_parent; end_with_parent(); "
+    "from ftkit.cli import main; sys.exit(main(sys.argv[1:]))"
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ def values_of(text: str) -> list[Any]:
     stands for 0, 1, 2, 3, 4. Each value is read as JSON, else as a Python literal, else it is text.
 
     Raises:
-        ValueError: a range has its larger number first.
+        ValueError: a range has its larger number first, or there are more values than a grid may have runs.
     """
     try:
         return [json.loads(text)]
@@ -85,8 +97,19 @@ def values_of(text: str) -> list[Any]:
             taken = next((n for n in ends if _is_literal(",".join(pieces[:n]))), len(pieces))
         piece = ",".join(pieces[:taken]).strip()
         values += _range(piece) or [_value(piece)]
+        check_size(len(values))
         del pieces[:taken]
     return values
+
+
+def check_size(runs: int) -> None:
+    """Refuse a grid of too many runs before anything is built for them.
+
+    Raises:
+        ValueError: there are more than ``MOST_RUNS``.
+    """
+    if runs > MOST_RUNS:
+        raise ValueError(f"That is {runs:,} runs, and a grid may have {MOST_RUNS:,}: give fewer values.")
 
 
 def each_once(given: Sequence[tuple[str, list[Any]]]) -> dict[str, list[Any]]:
@@ -111,8 +134,9 @@ def plan(notebook: Path, axes: Mapping[str, Sequence[Any]], *, tier: str) -> lis
         tier: smoke, cpu or gpu.
 
     Raises:
-        ValueError: a parameter is unknown or a value is not allowed.
+        ValueError: a parameter is unknown, a value is not allowed, or these are too many runs.
     """
+    check_size(math.prod(len(values) for values in axes.values()))
     varied = [name for name, values in axes.items() if len(values) > 1]
     jobs = {}
     for combination in itertools.product(*axes.values()):
@@ -155,7 +179,7 @@ def run_grid(
     waiting = [job for job in planned if job.identity not in done]
     if len(waiting) < len(planned):
         print(f"{len(planned) - len(waiting)} of {len(planned)} runs are already done.", file=sys.stderr)
-    command = [sys.executable, "-m", "ftkit.cli", "run", str(notebook), "--tier", tier, "--out", str(out)]
+    command = [sys.executable, "-c", _CHILD, "run", str(notebook), "--tier", tier, "--out", str(out)]
     command += ["--html"] if html else []
     jobs = min(jobs, len(waiting))
     env = _limited(jobs)
@@ -169,6 +193,7 @@ def run_grid(
             time.sleep(0.1)
             for run in [run for run in running if run.process.poll() is not None]:
                 running.remove(run)
+                run.process.stdin.close()
                 if error := run.error():
                     failed += 1
                     bar.write(f"{run.job.name} failed: {error}", file=sys.stderr)
@@ -189,7 +214,7 @@ def _start(job: Job, command: Sequence[str], env: Mapping[str, str]) -> _Running
     process = subprocess.Popen(
         [*command, *given],
         env=env,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # the operating system closes it when this process is gone
         stdout=subprocess.DEVNULL,
         stderr=output,
         start_new_session=True,
@@ -202,11 +227,11 @@ def _stop(running: Sequence[_Running]) -> None:
     import psutil
 
     try:
-        if running:
-            print(f"stopping {len(running)} runs; Ctrl-C again kills them", file=sys.stderr)
         for run in running:
             if sys.platform != "win32":  # on Windows the console sends Ctrl-C to them, too
                 run.process.terminate()  # `ftkit` treats SIGTERM as Ctrl-C; background processes may ignore SIGINT
+        if running:  # said afterwards: the terminal may be gone
+            print(f"stopping {len(running)} runs; Ctrl-C again kills them", file=sys.stderr)
         for run in running:
             run.process.wait()
     except KeyboardInterrupt:
@@ -216,6 +241,20 @@ def _stop(running: Sequence[_Running]) -> None:
                 process.kill()
         psutil.wait_procs(family, timeout=5)
         raise
+
+
+def end_with_parent() -> None:
+    """End this process as after Ctrl-C as soon as its standard input ends, in a thread."""
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        if hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        else:
+            _thread.interrupt_main()
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _limited(jobs: int) -> dict[str, str]:
@@ -235,6 +274,7 @@ def _range(text: str) -> list[int]:
     first, last = map(int, found.groups())
     if first > last:
         raise ValueError(f"The range {text.strip()} has its larger number first: write {last}..{first}.")
+    check_size(last - first + 1)
     return list(range(first, last + 1))
 
 

@@ -8,6 +8,8 @@ import ast
 import functools
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,10 +18,12 @@ from typing import Any
 
 from ftkit import TIERS
 from ftkit.errors import did_you_mean, first_line
-from ftkit.lab.results import LEDGER, append_to_ledger, plain
+from ftkit.lab.results import LEDGER, append_to_ledger, plain, results_table, writing
 from ftkit.lab.runs.execution import execute
 from ftkit.lab.schema import in_words
 from ftkit.lab.settings import settings_of
+
+_AT_MOST = ("rows", "test_rows")  # a notebook may use fewer than given, if the data has no more
 
 
 @dataclass
@@ -72,8 +76,9 @@ def run_notebook(
 ) -> Run:
     """Execute a notebook with papermill, in this Python environment and in the current folder.
 
-    A relative path in a parameter is therefore relative to the caller's folder. A cell that fails, a kernel that dies
-    and Ctrl-C end the run but raise no error: the cells executed so far are kept and ``Run.error`` says what happened.
+    A relative path in a parameter is therefore relative to the caller's folder. Whatever ends the run early (a cell
+    that fails, a kernel that dies, a full disk, Ctrl-C) raises no error: the cells executed so far are kept and
+    ``Run.error`` says what happened. Saved settings that are not what was given are an error, too.
 
     Args:
         notebook: a path, or the name of a notebook in ``notebooks/``.
@@ -87,19 +92,39 @@ def run_notebook(
 
     Raises:
         FileNotFoundError: there is no such notebook.
-        ValueError: the tier or a parameter is unknown, or the file is not a notebook; nothing has run.
+        ValueError: the tier or a parameter is unknown, or the file is not a notebook with one `parameters` cell;
+            nothing has run.
+        OSError: the folder cannot be written; nothing has run and nothing is left.
     """
     source = find_notebook(notebook)
     run = _new_run(source, {"tier": tier, **(parameters or {})}, Path(out))
     env = {"FTKIT_RUN_DIR": str(run.folder), "FTKIT_TIER": run.tier}
-    run.error = "The run ended before the first cell"
+    run.error = "Interrupted"
     try:
         run.error, run.seconds, run.peak_rss_mib = execute(
             source, run.executed, run.parameters, env=env, progress=progress
         )
     finally:
-        _record(run)
+        if run.executed.exists():
+            _read_metrics(run)
+            _record(run)
+        else:  # nothing has run
+            shutil.rmtree(run.folder, ignore_errors=True)
     return run
+
+
+def prepare(out: str | Path) -> Path:
+    """Create the folder of the runs, unless it exists, and return its path.
+
+    Raises:
+        OSError: it cannot be created, or nothing can be written there, for example because the disk is full.
+    """
+    out = Path(out)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as probe:
+            probe.write(b"x" * 4096)
+    return out
 
 
 def find_notebook(name: str | Path) -> Path:
@@ -139,12 +164,15 @@ def check_parameters(notebook: Path, given: Mapping[str, Any]) -> dict[str, tupl
         The parameters that differ, as name to (default, value).
 
     Raises:
-        ValueError: a name is unknown or, if the notebook has a settings class, a value is not allowed.
+        ValueError: a name is unknown, the notebook has not exactly one `parameters` cell or, if it has a settings
+            class, a value is not allowed.
     """
+    known = default_parameters(notebook)
     schema = settings_of(notebook)
     if schema is not None:
         return schema.at(**given).differing()
-    known = default_parameters(notebook)
+    if "tier" not in known:
+        raise ValueError(f'The `parameters` cell of {notebook.name} has no tier: add the line tier = "cpu" to it.')
     for name in given:
         if name not in known:  # papermill would only warn, then run for minutes with the default
             hint = f": {did_you_mean(name, known)} It has {', '.join(known)}" if known else ""
@@ -204,17 +232,34 @@ def default_parameters(notebook: Path) -> dict[str, Any]:
         Defaults by name; one that is not a literal is returned as source text.
 
     Raises:
-        ValueError: the file is not a notebook, or its `parameters` cell is not valid Python.
+        ValueError: the file is not a notebook, or has not exactly one `parameters` cell, or that is not plain Python.
     """
+    return dict(_default_parameters(notebook, notebook.stat().st_mtime_ns))
+
+
+@functools.cache
+def _default_parameters(notebook: Path, changed_at: int) -> dict[str, Any]:
     import nbformat
 
     try:
         cells = nbformat.read(notebook, as_version=4).cells
-        tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-        # not by papermill's own reader, which fails on a line with a "=" in its comment
-        statements = ast.parse(tagged[0] if tagged else "").body
-    except (ValueError, AttributeError, SyntaxError, nbformat.ValidationError) as error:
+        tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    except (ValueError, AttributeError, nbformat.ValidationError) as error:
         raise ValueError(f"{notebook.name} cannot be read as a notebook: {first_line(error)}.") from error
+    if len(tagged) != 1 or tagged[0].cell_type != "code":  # of several, only the last one would count
+        have = f"{len(tagged) or 'no'} cells have" if len(tagged) != 1 else f"a {tagged[0].cell_type} cell has"
+        raise ValueError(
+            f"{notebook.name} needs the tag `parameters` on one code cell, which sets the parameters and the tier, "
+            f"and {have} it: correct the tags."
+        )
+    try:  # not by papermill's own reader, which fails on a line with a "=" in its comment
+        statements = ast.parse(tagged[0].source).body
+    except SyntaxError as error:
+        line = (error.text or "").strip()
+        raise ValueError(
+            f"The `parameters` cell of {notebook.name} is not plain Python ({line!r}): move magics and shell commands "
+            "to another cell, and correct mistakes."
+        ) from None
     defaults = {}
     for statement in statements:
         if isinstance(statement, ast.Assign | ast.AnnAssign) and statement.value is not None:
@@ -232,12 +277,13 @@ def _new_run(source: Path, given: dict[str, Any], out: Path) -> Run:
     digests, identity = identify(source, given)
     started = datetime.now().astimezone()
     first = f"{source.stem}-{started:%Y%m%d-%H%M%S}-{identity[:6]}"
-    out.mkdir(parents=True, exist_ok=True)
+    prepare(out)
     attempt = 1
     while True:
         run_id = first if attempt == 1 else f"{first}-{attempt}"
         try:
-            (out / run_id).mkdir()  # atomic: only one of several processes succeeds
+            with writing(out / run_id):
+                (out / run_id).mkdir()  # atomic: only one of several processes succeeds
         except FileExistsError:
             attempt += 1
         else:
@@ -245,12 +291,31 @@ def _new_run(source: Path, given: dict[str, Any], out: Path) -> Run:
             return Run(run_id, folder, source, given["tier"], started, given, changed, digests, identity)
 
 
-def _record(run: Run) -> None:
-    """Read the metrics that the notebook saved and append the run to the ledger."""
+def _read_metrics(run: Run) -> None:
+    """Read what the notebook saved; a damaged file, and settings that are not what was given, are errors of the run."""
     written = run.folder / "metrics.json"
-    if written.exists():
+    try:
         record = json.loads(written.read_text(encoding="utf-8"))
-        run.settings, run.metrics = record["settings"], record["metrics"]
+        settings, metrics = (dict(plain(record[part], part)) for part in ("settings", "metrics"))
+        results_table(metrics)
+    except FileNotFoundError:
+        return
+    except Exception as error:  # anything may stand in the file
+        damage = f"{type(error).__name__}: {first_line(error)}"
+        run.error = run.error or f"metrics.json is damaged ({damage}): write it with nothing but `save_metrics`"
+        return
+    run.settings, run.metrics = settings, metrics
+    schema = settings_of(run.notebook)
+    asked = plain(schema.at(**run.parameters).model_dump() if schema else run.parameters, "parameters")
+    for name in run.parameters:
+        given, used = asked[name], settings.get(name, asked[name])
+        fewer = name in _AT_MOST and isinstance(used, int) and isinstance(given, int) and used < given
+        if used != given and not fewer:
+            run.error = run.error or f"{name} was given as {given!r}, but the notebook used {used!r}"
+
+
+def _record(run: Run) -> None:
+    """Append the run to the ledger; a ledger that cannot be written is an error of the run."""
     entry = {
         "id": run.id,
         "source": "run",
@@ -266,7 +331,10 @@ def _record(run: Run) -> None:
         "digests": run.digests,
         "identity": run.identity,
     }
-    append_to_ledger(run.folder.parent / LEDGER, entry)
+    try:
+        append_to_ledger(run.folder.parent / LEDGER, entry)
+    except OSError as error:
+        run.error = run.error or str(error).rstrip(".")
 
 
 @functools.cache

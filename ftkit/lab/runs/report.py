@@ -1,6 +1,7 @@
 """Write an executed notebook as an HTML report that needs no network."""
 
 import html
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from bs4 import BeautifulSoup
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbformat.v4 import new_output
 from pygments.formatters import HtmlFormatter
 
 from ftkit.lab.machine import describe_machine
 from ftkit.lab.results import results_table, write_whole
 from ftkit.lab.runs.notebooks import Run
 from ftkit.lab.settings import settings_of
+
+_LONG_MARKDOWN = 20_000  # characters; the time to convert Markdown can grow with the square of its length
 
 _CODE_STYLE = "xcode"  # all its colours have enough contrast on a light background
 
@@ -77,7 +81,7 @@ def _body(notebook: nbformat.NotebookNode, folder: Path) -> BeautifulSoup:
     """Convert the cells to HTML that loads nothing; image files in Markdown are relative to ``folder``."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if _is_static(output)]
+            cell.outputs = [output for output in _merged(cell.outputs) if _is_static(output)]
     notebook.cells = [cell for cell in notebook.cells if cell.source.strip()]
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     exporter.log.setLevel("ERROR")
@@ -106,16 +110,30 @@ def _body(notebook: nbformat.NotebookNode, folder: Path) -> BeautifulSoup:
     return page
 
 
+def _merged(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Join what a cell printed piece by piece: with an element for each line, a long page would take minutes."""
+    merged: list[nbformat.NotebookNode] = []
+    for name, group in itertools.groupby(outputs, key=lambda output: output.get("name")):
+        if name is None:  # not a stream
+            merged.extend(group)
+        else:
+            merged.append(new_output("stream", name=name, text="".join(output.text for output in group)))
+    return merged
+
+
 def _is_static(output: nbformat.NotebookNode) -> bool:
     """Whether an output shows something without a kernel; removes widgets and scripts from it."""
     if output.output_type == "stream":
-        output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)  # earlier states of a progress bar
+        # earlier states of a progress bar; tried only where a line begins, which may be a million characters long
+        output.text = re.sub(r"^[^\n]*\r(?!\n)", "", output.text, flags=re.MULTILINE)
         return bool(output.text.strip())
     if output.output_type == "error":
         return True
     if output.data.pop("application/vnd.jupyter.widget-view+json", None) is not None:
         output.data.pop("text/plain", None)
     output.data.pop("application/javascript", None)
+    if len(output.data.get("text/markdown", "")) > _LONG_MARKDOWN:
+        output.data = {"text/plain": output.data["text/markdown"]}
     return any(str(value).strip() for value in output.data.values())
 
 

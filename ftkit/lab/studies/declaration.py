@@ -8,6 +8,7 @@ import csv
 import hashlib
 import itertools
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ftkit.errors import StudyError, did_you_mean
+from ftkit.lab.runs.grid import check_size
 from ftkit.lab.runs.notebooks import find_notebook
 from ftkit.lab.schema import NotebookSettings, in_words
 from ftkit.lab.settings import settings_of
@@ -165,6 +167,7 @@ def read_declaration(name: str, folder: Path = STUDIES_FOLDER) -> Declaration:
         FileNotFoundError: there is no such study; the message suggests the nearest name.
         StudyError: the file does not declare a study.
         SettingsError: a parameter is unknown or a value is not allowed.
+        ValueError: these are too many runs.
     """
     file = folder / f"{name}.toml"
     if not file.is_file():
@@ -192,6 +195,7 @@ def read_declaration(name: str, folder: Path = STUDIES_FOLDER) -> Declaration:
     schema = settings_of(declared["notebook"])
     if schema is None:
         raise StudyError(f"{file.name} names {declared['notebook']!r}, which has no settings class: name one that has.")
+    check_size(len(seeds) * sum(math.prod(map(len, grid.values())) for grid in grids))
     combinations = []
     for seed, grid in itertools.product(seeds, grids):
         for values in itertools.product(*grid.values()):

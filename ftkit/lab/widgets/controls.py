@@ -7,6 +7,7 @@ from typing import Any
 import ipywidgets
 
 from ftkit.lab.schema import NotebookSettings, Parameter, in_words
+from ftkit.plots import NO_MATH
 
 _WIDEST_SLIDER = 100  # for a wider range of whole numbers the reader types the value
 
@@ -101,7 +102,8 @@ class StaticPanel:
             for head in ("setting", "value", "allowed", "meaning")
         )
         return (
-            '<table class="ftkit-controls"><caption style="text-align: left">Static preview of the control panel: '
+            f'<table class="ftkit-controls {NO_MATH}">'
+            '<caption style="text-align: left">Static preview of the control panel: '
             "run this cell in JupyterLab to change the settings and press Train.</caption>"
             f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
         )

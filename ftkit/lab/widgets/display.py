@@ -8,6 +8,7 @@ from IPython import get_ipython
 from ipywidgets import HTML, Button
 
 from ftkit.errors import first_line
+from ftkit.plots import NO_MATH
 
 
 def somebody_is_there() -> bool:
@@ -37,7 +38,8 @@ class StaticPreview:
         return "[a widget: run this cell in JupyterLab to use it]"
 
     def _repr_html_(self) -> str:
-        return f"<p><em>Static preview: run this cell in JupyterLab to use it.</em></p>{self._shown}"
+        note = "<p><em>Static preview: run this cell in JupyterLab to use it.</em></p>"
+        return f'<div class="{NO_MATH}">{note}{self._shown}</div>'
 
 
 def in_thread(button: Button, status: HTML, work: Callable[[], None], after: Callable[[], None]) -> threading.Thread:
@@ -69,4 +71,4 @@ def in_thread(button: Button, status: HTML, work: Callable[[], None], after: Cal
 
 def said(text: str) -> str:
     """Status text as HTML that screen readers read out."""
-    return f'<span role="status">{html.escape(text)}</span>'
+    return f'<span role="status" class="{NO_MATH}">{html.escape(text)}</span>'

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ftkit.contrastive.towers import TwoTowers
 from ftkit.data.pairs import Pairs
 from ftkit.lab.widgets.display import StaticPreview, in_thread, said, somebody_is_there
+from ftkit.plots import NO_MATH
 
 _SIDE = 112  # side of an image as shown, in CSS pixels
 
@@ -119,7 +120,8 @@ class SearchBox:
 
 
 def _row(parts: Sequence[str]) -> str:
-    return f'<div style="display: flex; flex-wrap: wrap; gap: 0.8em; align-items: flex-start">{"".join(parts)}</div>'
+    style = "display: flex; flex-wrap: wrap; gap: 0.8em; align-items: flex-start"
+    return f'<div class="{NO_MATH}" style="{style}">{"".join(parts)}</div>'
 
 
 def _card(image: NDArray[np.uint8], caption: str, cosine: float | None = None) -> str:

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ftkit.plots import COLOURS, STYLE
+from ftkit.plots import COLOURS, NO_MATH, STYLE
 from ftkit.training.callbacks import Callback
 from ftkit.training.state import History, TrainingRun
 
@@ -88,7 +88,7 @@ class LiveCurve(Callback):
         spoken = f'role="{role}"' if role else ""
         # two lines high, so that the curve below does not move
         style = f"line-height: 1.4; min-height: 2.8em; {colour}"
-        self.status.value = f'<div {spoken} style="{style}">{html.escape(text)}</div>'
+        self.status.value = f'<div {spoken} class="{NO_MATH}" style="{style}">{html.escape(text)}</div>'
 
     def on_start(self, run: TrainingRun) -> None:
         self._earlier = self.total_steps  # a seed may have several training runs, for example one per task

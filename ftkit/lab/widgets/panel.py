@@ -29,6 +29,7 @@ from ftkit.lab.widgets.controls import StaticPanel, make_controls
 from ftkit.lab.widgets.display import in_one_line, somebody_is_there
 from ftkit.lab.widgets.live_curve import LiveCurve
 from ftkit.metrics import Evaluation, compare
+from ftkit.plots import NO_MATH
 from ftkit.training.callbacks import Callback
 from ftkit.training.monitor import Meter
 
@@ -117,7 +118,7 @@ def table_html(runs: Sequence[PanelRun], start: NotebookSettings) -> str:
         values = [mean_figures(run.outcomes).get(name) for run in runs]
         table[name.replace("_", " ")] = ["–" if value is None else f"{value:.3f}" for value in values]
     table["ended"] = [run.ended for run in runs]
-    return _STYLE + table.rename_axis(columns="run").to_html(classes="ftkit-runs", border=0, justify="unset")
+    return _STYLE + table.rename_axis(columns="run").to_html(classes=f"ftkit-runs {NO_MATH}", border=0, justify="unset")
 
 
 def comparison_html(first: PanelRun, second: PanelRun) -> str:
@@ -129,7 +130,9 @@ def comparison_html(first: PanelRun, second: PanelRun) -> str:
     differ = (
         f"R{a[1:]} has {first.describe(names)}; {b} has {second.describe(names)}." if names else "No setting differs."
     )
-    return "".join(f"<div>{html.escape(text)}</div>" for text in (differ, _verdict(first, second, a, b)))
+    return "".join(
+        f'<div class="{NO_MATH}">{html.escape(text)}</div>' for text in (differ, _verdict(first, second, a, b))
+    )
 
 
 def _verdict(first: PanelRun, second: PanelRun, a: str, b: str) -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ftkit.lab.widgets.display import StaticPreview, in_thread, said, somebody_is_there
 from ftkit.models.generation import generate, next_tokens
+from ftkit.plots import NO_MATH, short
 from ftkit.prompting.few_shot import balanced_examples
 from ftkit.prompting.scoring import score, to_evaluation
 from ftkit.prompting.templates import Row, Template, Verbalizer, encode_prompts
@@ -110,7 +111,8 @@ class ChatBox:
     def _show(self) -> None:
         who = {"user": "you", "assistant": "model"}
         self.conversation.value = "".join(
-            f'<p style="white-space: pre-wrap"><b>{who[turn["role"]]}:</b> {html.escape(turn["content"])}</p>'
+            f'<p class="{NO_MATH}" style="white-space: pre-wrap">'
+            f"<b>{who[turn['role']]}:</b> {html.escape(turn['content'])}</p>"
             for turn in self.turns
         )
 
@@ -158,12 +160,17 @@ class Playground:
     ) -> None:
         self.model, self.tokenizer, self.rows, self.pool = model, tokenizer, rows, pool
         self.thread: threading.Thread | None = None
-        width = f"{max(map(len, [*verbalizer.labels, 'temperature']))}ch"
-        style = {"description_width": width}
+        labels = {label: short(label) for label in verbalizer.by_label}
+        style = {"description_width": f"{max(map(len, [*labels.values(), 'temperature']))}ch"}
         self.template = Textarea(template.text, description="template", style=style, layout=_WIDE)
         self.words = {
             label: Text(
-                "|".join(words), description=label, style=style, layout=_WIDE, tooltip="label words, separated by |"
+                "|".join(words),
+                description=f'<span class="{NO_MATH}">{html.escape(labels[label])}</span>',
+                description_allow_html=True,
+                style=style,
+                layout=_WIDE,
+                tooltip="label words, separated by |",
             )
             for label, words in verbalizer.by_label.items()
         }

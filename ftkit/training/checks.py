@@ -1,0 +1,212 @@
+"""What is checked where model, rows and settings meet, before anything is computed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
+
+from ftkit.errors import DataError, ModelError, TrainingError
+from ftkit.models.loading import class_names
+from ftkit.training.batching import IGNORED, flat_column, has_token_labels, peek, row_labels, row_lengths
+from ftkit.training.losses import ModelWithLoss
+from ftkit.training.state import TrainSettings
+
+_POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "positions_embed", "wpe")
+
+# a classifier of these families reads a row at its end mark, and fails if the rows of a batch differ in their number
+_READ_AT_END_MARK = ("bart", "bigbird_pegasus", "mbart", "mt5", "mvp", "plbart", "t5", "umt5")
+
+
+def require_settings(model: nn.Module, rows: Any, settings: TrainSettings) -> None:
+    """Refuse settings that do not suit the model or the rows.
+
+    Raises:
+        TrainingError: a setting is for classes and losses that are not there.
+    """
+    by_class = settings.best_by not in (None, "accuracy")
+    if isinstance(model, ModelWithLoss):
+        if settings.label_smoothing or settings.class_weights is not None:
+            raise TrainingError(
+                f"{type(model).__name__} computes its own loss: set label_smoothing to 0 and class_weights to None."
+            )
+        if by_class:
+            raise TrainingError(f"{type(model).__name__} has no {settings.best_by}: set best_by to None.")
+    elif has_token_labels(rows):
+        for needing, value in (("class_weights need", settings.class_weights), ("best_by needs", settings.best_by)):
+            if value is not None:
+                raise TrainingError(f"{needing} one class per row, and these have token labels: set it to None.")
+
+
+def match_rows(model: nn.Module, rows: Any) -> Any:
+    """Check that a model can read rows, and number their classes as the model does.
+
+    Where both name their classes, the names decide. Rows name them by a ClassLabel, a model in its config. If the model
+    knows every name of the rows, their labels are changed to its numbers, and a line says so; otherwise the rows are
+    refused. Names that are only numbers (LABEL_0, as transformers gives by default, class 0, 0) count as none, unless
+    the other side has them too.
+
+    Args:
+        model: as for ``fit``.
+        rows: one split, N rows.
+
+    Returns:
+        The rows, unchanged if their classes have the model's numbers already.
+
+    Raises:
+        DataError: a label is not the number of one of the model's classes, the model does not know the name of a class,
+            a row is longer than the model reads or has no token, or a token is unknown to the model, or is not where
+            its head needs it.
+        ModelError: the model has no embedding for its padding token.
+    """
+    lengths, first = row_lengths(rows), peek(rows)
+    network = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if "input_ids" in first and network is not None and (words := _word_embeddings(network)) is not None:
+        _require_length(model, network, lengths)
+        if not isinstance(model, ModelWithLoss):  # pads its rows as it likes
+            _require_tokens(model, network, words.num_embeddings, rows)
+    if isinstance(model, ModelWithLoss):  # what its labels mean is its own affair
+        return rows
+    if "labels" not in first:
+        raise DataError("The rows have no column 'labels': encode them with their labels.")
+    num_classes, names = _classes(model, network)
+    if has_token_labels(rows):
+        _require_token_labels(rows, num_classes, type(network or model).__name__)
+        return rows
+    return _match_labels(rows, num_classes, names, type(network or model).__name__)
+
+
+def _word_embeddings(network: PreTrainedModel) -> nn.Embedding | None:
+    """The embeddings of the tokens; None for a network for images, or one whose embeddings a cache replaces."""
+    try:
+        table = network.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    table = getattr(table, "base_layer", table)  # peft wraps what it adapts
+    return table if isinstance(table, nn.Embedding) else None
+
+
+def _require_length(model: nn.Module, network: PreTrainedModel, lengths: NDArray[np.int64]) -> None:
+    """Refuse empty rows, and rows beyond the table of positions or, for a language model, beyond its window."""
+    if not lengths.all():
+        raise DataError(f"Row {lengths.argmin()} has no token: leave out rows without text.")
+    limits = []
+    for name, table in network.named_modules():
+        if name.split(".")[-1] in _POSITION_TABLES and isinstance(table, nn.Embedding) and "vis" not in name:
+            before = 0 if table.padding_idx is None else table.padding_idx + 1  # as in RoBERTa
+            limits.append(table.num_embeddings - before - getattr(table, "offset", 0))
+    window = getattr(network.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
+    if network.get_output_embeddings() is not None and window > 0:  # XLNet has -1, for no limit
+        limits.append(window)
+    prompt = getattr(getattr(model, "lm", model), "active_peft_config", None)  # a soft prompt takes positions too
+    limit = min(limits, default=lengths.max()) - (getattr(prompt, "num_virtual_tokens", 0) if limits else 0)
+    longest = lengths.argmax()
+    if lengths[longest] > limit:
+        raise DataError(
+            f"Row {longest} has {lengths[longest]:,} tokens, and {type(network).__name__} can read {limit:,} at most: "
+            f"encode the texts with max_length={limit}."
+        )
+
+
+def _require_tokens(model: nn.Module, network: PreTrainedModel, num_words: int, rows: Any) -> None:
+    """Refuse tokens and a padding token without embeddings, and rows without the one end mark that their head reads."""
+    ids, lengths = flat_column(rows, "input_ids")
+    row_of, kind = np.repeat(np.arange(len(lengths)), lengths), type(network).__name__
+    unknown = np.flatnonzero((ids < 0) | (ids >= num_words))
+    if len(unknown):
+        raise DataError(
+            f"Row {row_of[unknown[0]]} has the token {ids[unknown[0]]}, and {kind} has embeddings for the tokens 0 to "
+            f"{num_words - 1}: use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))."
+        )
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    if padding is not None and not 0 <= padding < num_words and lengths.min() < lengths.max():
+        raise ModelError(
+            f"The padding token is {padding}, and {kind} has embeddings for the tokens 0 to {num_words - 1}: set "
+            "model.config.pad_token_id to one of these, or call model.resize_token_embeddings(len(tokenizer))."
+        )
+    if network.config.model_type in _READ_AT_END_MARK and kind.endswith("ForSequenceClassification"):
+        end = network.config.eos_token_id
+        marks = np.bincount(row_of[ids == end], minlength=len(lengths))
+        if (marks != 1).any():
+            row = (marks != 1).argmax()
+            raise DataError(
+                f"Row {row} has the end mark (token {end}) {marks[row]} times, and {kind} needs it exactly once, at "
+                "the end of the row: encode with the model's own tokenizer, and take the mark out of the text."
+            )
+
+
+def _classes(model: nn.Module, network: PreTrainedModel | None) -> tuple[int | None, list[str] | None]:
+    """Number and names of the classes that a model tells apart; None where they are not known.
+
+    A config says nothing of them if it is that of a body without head inside somebody's own classifier. A language
+    model tells the tokens apart.
+    """
+    config = getattr(model, "config", None)
+    if network is not None and network.base_model is network:
+        return None, None
+    if network is not None and network.get_output_embeddings() is not None and config == network.config:
+        return network.get_output_embeddings().weight.shape[0], None
+    num_classes = getattr(config, "num_labels", None)
+    names = class_names(config) if num_classes is not None and hasattr(config, "id2label") else None
+    return num_classes, names
+
+
+def _require_token_labels(rows: Any, num_classes: int | None, kind: str) -> None:
+    labels, _ = flat_column(rows, "labels")
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"The token labels are of the type {labels.dtype}: give whole numbers, {IGNORED} for no label.")
+    labels = labels[labels != IGNORED]
+    wrong = labels[(labels < 0) | (labels >= (num_classes or np.inf))]
+    if len(wrong):
+        most = f"0 to {num_classes - 1}" if num_classes else "from 0"
+        raise DataError(f"A token has the label {wrong[0]}, and those of {kind} are {most}: use its own tokenizer.")
+
+
+def _match_labels(rows: Any, num_classes: int | None, names: list[str] | None, kind: str) -> Any:
+    labels = row_labels(rows)
+    wrong = next((i for i, label in enumerate(labels) if type(label) is not int or label < 0), None)
+    if wrong is not None:
+        raise DataError(
+            f"The label of row {wrong} is {labels[wrong]!r}, and a classifier needs the number of a class, from 0: "
+            "leave out rows without a class, and number classes that have names with class_encode_column('label')."
+        )
+    feature = rows.features["labels"] if isinstance(rows, datasets.Dataset) else None
+    if names is not None and isinstance(feature, datasets.ClassLabel):
+        numbers = _numbers_by_name(feature.names, names)
+        if numbers != list(range(len(numbers))):
+            matched = ", ".join(f"{name} is {number}" for name, number in zip(feature.names[:8], numbers, strict=False))
+            more = ", …" if len(numbers) > 8 else ""
+            print(f"{len(rows):,} rows: their classes are matched to the model's by name: {matched}{more}")
+            rows = rows.remove_columns("labels")
+            return rows.add_column("labels", [numbers[i] for i in labels], feature=datasets.ClassLabel(names=names))
+    most = int(np.argmax(labels))
+    if num_classes is not None and labels[most] >= num_classes:
+        raise DataError(
+            f"The label of row {most} is {labels[most]}, and {kind} has {num_classes} classes, 0 to {num_classes - 1}: "
+            "load it with load_classifier for all classes of the rows."
+        )
+    return rows
+
+
+def _numbers_by_name(ours: Sequence[str], models: Sequence[str]) -> list[int]:
+    """The model's number for each class of the rows; the same numbers if one side has no names."""
+    if set(ours) <= set(models):
+        return [models.index(name) for name in ours]
+    if not set(ours) & set(models) and (_unnamed(ours) or _unnamed(models)):
+        return list(range(len(ours)))
+    unknown = [name for name in ours if name not in models]
+    raise DataError(
+        f"The rows have classes that the model does not know, {_some(unknown)}, and the model's are {_some(models)}: "
+        "load it with load_classifier for the classes of the rows, or rename these if they mean the same."
+    )
+
+
+def _unnamed(names: Sequence[str]) -> bool:
+    return all(name in (f"LABEL_{i}", f"class {i}", str(i)) for i, name in enumerate(names))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "")
