@@ -1,6 +1,8 @@
 """The command `ftkit`, mostly on a tiny notebook that trains nothing."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import nbformat
@@ -57,6 +59,9 @@ def test_the_tier_can_come_from_the_environment(notebook: Path, monkeypatch: pyt
         (["run", "doubel", "--help"], "There is no notebook 'doubel': did you mean 'double'"),
         (["study", "no_such_study"], "There is no study 'no_such_study'"),
         (["study", "full_fine_tuning", "--only", "seed=0", "seed=1"], "seed is given 2 times"),
+        (["run", "double", "--out", "double.ipynb"], "double.ipynb cannot be written (File exists): give a folder"),
+        (["run", "double", "--out", "double.ipynb/out"], "out cannot be written (Not a directory): give a folder"),
+        (["run", "double", "--out", "double.ipynb", "-p", "x=1,2"], "double.ipynb cannot be written (File exists)"),
     ],
 )
 def test_mistakes_give_one_line(notebook: Path, capsys: pytest.CaptureFixture, command: list, words: str) -> None:
@@ -81,6 +86,7 @@ def test_parameter_values(text: str, values: list) -> None:
     ("options", "words"),
     [
         (["-p", "lr"], "'lr' is not of the form NAME=VALUE."),
+        (["-p", "seed=0..1000000000"], "That is 1,000,000,001 runs, and a grid may have 10,000: give fewer values."),
         (["-p", "seed=4..0"], "The range 4..0 has its larger number first: write 0..4."),
         (["--jobs", "0"], "'0' is not a number of runs: give 1 or more."),
     ],
@@ -113,6 +119,30 @@ def test_a_study_runs_only_the_rows_with_given_values(
     assert cli.main(["study", "rates", "--only", "rows=50,100", "lr=1e-4"]) == 0
     assert asked == [("rates", {"rows": [50, 100], "lr": [1e-4]})]
     assert capsys.readouterr().out == f"{tmp_path / 'rates.csv'}: 2 rows\n"
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_the_results(
+    notebook: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(path: Path, text: str, real=Path.write_text, **options: object) -> int:
+        if path.name.startswith("report.html"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert cli.main(["run", "double", "-p", "x=0.1", "--out", "out", "--html"]) == 1
+    out, err = capsys.readouterr()
+    assert "0.200" in out and out.splitlines()[-1].endswith("notebook.ipynb")
+    assert "report.html cannot be written (No space left on device): free some space" in err.splitlines()[-1]
+
+
+def test_verify_names_what_is_damaged(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(registry, "verify", lambda name: None)
+    assert cli.main(["assets", "--verify"]) == 0
+    assert "as they were when unpacked" in capsys.readouterr().out
+    monkeypatch.setattr(registry, "verify", lambda name: f"{name} is damaged." if name == "minilm" else None)
+    assert cli.main(["assets", "--verify"]) == 1
+    assert capsys.readouterr().out == "minilm is damaged.\n"
 
 
 def test_assets_lists_all(capsys: pytest.CaptureFixture) -> None:

@@ -378,6 +378,42 @@ def test_a_damaged_entry_is_repaired_or_reported(toys: Toys, monkeypatch: pytest
     assert toys.left() == ["toy-wheel-1.0"]
 
 
+def test_verify_finds_a_flipped_byte(toys: Toys) -> None:
+    assert registry.verify("whole") is None  # not downloaded
+    folder = registry.fetch("whole", progress=False)
+    assert (registry.verify("whole"), registry.verify("part")) == (None, None)
+    flipped = bytearray(TEXT)
+    flipped[-2] ^= 1
+    (folder / "a.txt").write_bytes(flipped)
+    assert registry.is_cached("whole")  # the size is the same
+    told = registry.verify("whole")
+    assert re.fullmatch(
+        r"The asset 'whole' is damaged \([^\n]+\): delete the folder \S+ and run `ftkit fetch whole`\.", told
+    )
+    assert str(folder / "a.txt") in told
+    assert "c.txt" not in told
+    assert registry.verify("part") is None
+    shutil.rmtree(folder.parent)
+    assert registry.verify(registry.fetch("whole", progress=False).name) is None
+
+
+@pytest.mark.parametrize("manifest", ["", "{", "[]", "{}", '{"sha256": "", "assets": []}'])
+def test_a_damaged_manifest_is_found(toys: Toys, manifest: str) -> None:
+    path = registry.fetch("whole", progress=False).parent / "manifest.json"
+    path.write_text(manifest)
+    assert str(path) in registry.verify("whole")
+    assert not registry.is_cached("whole")
+    assert files_of(registry.fetch("whole", progress=False))["a.txt"] == TEXT
+    assert registry.verify("whole") is None
+
+
+def test_an_asset_that_a_cached_archive_lacks_is_not_damaged(toys: Toys) -> None:
+    registry.fetch("whole", progress=False)
+    toys.registry.write_text(toys.registry.read_text() + entry("new", "toy-wheel", "toy", ["d"]))
+    registry.read_registry.cache_clear()
+    assert registry.verify("new") is None
+
+
 @pytest.mark.parametrize("name", ["toy/data/../../../../escaped.txt", "toy/data//tmp/escaped.txt", "toy/data/..\\x"])
 def test_a_member_never_leaves_its_folder(toys: Toys, name: str) -> None:
     toys.add(WHEEL, wheel({"toy/data/b/c.txt": b"c", name: b"escaped"}))

@@ -1,5 +1,7 @@
 """Compare the runs of a ledger: pooling over distinct seeds, intervals computed by hand, and the written files."""
 
+import errno
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,21 @@ def test_the_command_prints_and_writes_all_notebooks(folder: Path, capsys: pytes
     assert list(numbers["notebook"]) == ["tiny", "tiny", "other", "other"]
     assert list(numbers["low"]) == pytest.approx([0.375, 0.555526, 0.25, 0.25], abs=1e-6)
     assert {path.name for path in folder.iterdir()} == {LEDGER, f".{LEDGER}.lock", "compare.csv", "compare.html"}
+
+
+def test_a_folder_that_can_only_be_read_is_compared(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    assert cli.main(["compare", str(folder)]) == 1
+    out, err = capsys.readouterr()
+    assert "linear probe" in out
+    assert re.fullmatch(r"ftkit: \S+compare\.html cannot be written \(Permission denied\): give a folder .*\.\n", err)
+    assert not list(folder.glob("compare*"))
 
 
 def test_the_page_needs_no_network(folder: Path) -> None:

@@ -111,6 +111,23 @@ def test_a_range_with_its_larger_number_first_is_refused() -> None:
         grid.values_of("4..0")
 
 
+@pytest.mark.parametrize("text", ["0..1000000000", "0..9999,0..9999", "0..10000", "-1000000000..5, 7"])
+def test_a_range_is_counted_before_it_is_built(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^That is [\d,]{6,} runs, and a grid may have 10,000: give fewer values\.$"):
+        grid.values_of(text)
+    assert len(grid.values_of("1..10000")) == 10_000
+
+
+def test_a_range_of_very_long_numbers_is_a_text() -> None:
+    assert grid.values_of(f"0..{'9' * 5000}") == [f"0..{'9' * 5000}"]
+
+
+def test_the_runs_of_a_grid_are_counted_before_it_is_built(notebook: Path) -> None:
+    axes = {name: range(10_000) for name in ("lr", "seed", "note")}  # 1e12 runs
+    with pytest.raises(ValueError, match=r"That is 1,000,000,000,000 runs, and a grid may have 10,000"):
+        grid.plan(notebook, axes, tier="cpu")
+
+
 def test_a_plan_is_the_product_of_all_values_without_repetitions(notebook: Path) -> None:
     jobs = grid.plan(notebook, {"lr": [0.1, 0.2, 0.1], "seed": [0, 1], "note": ["x"]}, tier="cpu")
     pairs = [(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 1)]
@@ -249,8 +266,9 @@ def test_ctrl_c_leaves_no_process(notebook: Path, presses: int) -> None:
     assert len([path for path in Path("out").iterdir() if path.is_dir()]) == 2  # the third run did not start
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGTERM to another process")
-def test_sigterm_acts_as_ctrl_c(notebook: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals to another process")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_other_signals_act_as_ctrl_c(notebook: Path, name: str) -> None:
     write(notebook, SLEEPS)
     command = [sys.executable, "-m", "ftkit.cli", "run", "tiny", "--out", "out", "--html"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -259,7 +277,8 @@ def test_sigterm_acts_as_ctrl_c(notebook: Path) -> None:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)
         kernel, _ = map(int, started[0].read_text().split())
-        process.terminate()
+        for _ in range(2):  # a terminal that is closed sends several
+            process.send_signal(getattr(signal, name))
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -269,6 +288,39 @@ def test_sigterm_acts_as_ctrl_c(notebook: Path) -> None:
     assert not runs_on(kernel)
     assert (started[0].parent / "report.html").exists()
     assert [run["error"] for run in runs()] == ["Interrupted (cell 3, “Tiny”)"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL to another process")
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGHUP"])
+def test_no_run_outlives_its_grid(notebook: Path, name: str) -> None:
+    write(notebook, SLEEPS)
+    command = [sys.executable, "-m", "ftkit.cli", "run", "tiny", "-p", "seed=0..2", "--jobs", "2", "--out", "out"]
+    process = subprocess.Popen([*command, "--html"], stderr=subprocess.DEVNULL)
+    try:
+        while len(started := list(Path().glob("out/*/pids"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.1)
+        family = [psutil.Process(int(pid)) for path in started for pid in path.read_text().split()]
+        process.send_signal(getattr(signal, name))
+        process.wait()
+    finally:
+        process.kill()
+    gone, alive = psutil.wait_procs(family, timeout=60)
+    for left in alive:
+        left.kill()
+    assert (len(gone), alive) == (4, [])
+    assert [run["error"] for run in runs()] == ["Interrupted (cell 3, “Tiny”)"] * 2
+    assert all((path.parent / "report.html").exists() for path in started)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGHUP")
+def test_nohup_is_respected() -> None:
+    script = (
+        "import signal; from ftkit import cli; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "cli.main(['assets']); print(signal.getsignal(signal.SIGHUP).name)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "SIG_IGN"
 
 
 def test_jobs_get_their_parameters_as_json(notebook: Path) -> None:

@@ -83,6 +83,30 @@ def test_processes_that_append_at_once_lose_nothing(tmp_path: Path) -> None:
         assert [i for i in ids if i.startswith(f"{n}-")] == [f"{n}-{i}" for i in range(50)]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
+    append_to_ledger(tmp_path / LEDGER, PLAIN)
+    script = (
+        "import pathlib, resource, sys; from ftkit.lab.results import append_to_ledger\n"
+        "path = pathlib.Path(sys.argv[1]); size = path.stat().st_size + 100\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))\n"  # the next 100 bytes are written, then an error
+        "try: append_to_ledger(path, {'x': 'y' * 5000})\n"
+        "except OSError as error: print(error)"
+    )
+    before = (tmp_path / LEDGER).read_bytes()
+    command = [sys.executable, "-c", script, str(tmp_path / LEDGER)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert told == f"{tmp_path / LEDGER} cannot be written (File too large): give a folder that you can write to.\n"
+    assert (tmp_path / LEDGER).read_bytes() == before
+
+
+def test_a_ledger_that_can_only_be_read_is_read(tmp_path: Path) -> None:
+    append_to_ledger(tmp_path / LEDGER, PLAIN)
+    (tmp_path / f".{LEDGER}.lock").unlink(missing_ok=True)
+    (tmp_path / f".{LEDGER}.lock").mkdir()  # no lock can be made
+    assert read_ledger(tmp_path / LEDGER) == [PLAIN]
+
+
 def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.csv"
     assert write_whole(path, "é\r\n") == path
@@ -91,7 +115,7 @@ def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"rows\.csv cannot be written \(No space"):
         patch.setattr(Path, "replace", full)
         write_whole(path, "new")
     assert path.read_bytes() == "é\r\n".encode()

@@ -1,6 +1,10 @@
 """The schema and the settings of every notebook: one sentence refuses a wrong value, wherever it comes from."""
 
+import ast
+import builtins
+import re
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import nbformat
 import papermill
@@ -12,7 +16,9 @@ from ftkit.errors import SettingsError
 from ftkit.lab import settings
 from ftkit.lab.runs.notebooks import default_parameters
 from ftkit.lab.schema import NotebookSettings
-from ftkit.lab.settings import Contrastive, FullFineTuning, settings_of
+from ftkit.lab.settings import Adapters, Contrastive, Freezing, FullFineTuning, Prompting, settings_of
+from ftkit.lab.studies.declaration import read_declaration
+from ftkit.training.state import TrainSettings
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
@@ -32,6 +38,123 @@ def test_all_defaults_of_a_tier_are_within_bounds(path: Path, tier: str) -> None
     chosen = settings_of(path).at(tier)
     assert chosen.differing() == {}
     assert chosen.tier == tier
+
+
+class BuiltError(Exception):
+    """A function of a notebook has built the settings of a training run."""
+
+
+def build(**given: object) -> None:
+    TrainSettings(**given)
+    raise BuiltError
+
+
+class Stubs(dict):
+    """Globals of a notebook in which every name that is not known is a stub."""
+
+    def __missing__(self, name: str) -> object:
+        if hasattr(builtins, name):
+            raise KeyError(name)
+        return self.setdefault(name, MagicMock())
+
+
+def training_functions(path: Path) -> Stubs:
+    """The functions of a notebook that train, up to the point where they have built their ``TrainSettings``."""
+    found = Stubs(TrainSettings=build, KNOBS={}, prepare=MagicMock(return_value=(0, 0, 0)))
+    for pair in ("load", "load_classifier", "cache_frozen_layers"):
+        found[pair] = MagicMock(return_value=(0, 0))
+    for cell in nbformat.read(path, as_version=4).cells:
+        tree = ast.parse(cell.source if cell.cell_type == "code" else "")
+        tree.body = [
+            node for node in tree.body if isinstance(node, ast.FunctionDef) and "TrainSettings(" in ast.unparse(node)
+        ]
+        exec(compile(tree, str(path), "exec"), found)
+    return found
+
+
+def rates_of(study: str) -> list[float]:
+    """All rates of a study; the best of a method is one of them."""
+    declared = read_declaration(study)
+    return sorted({row["lr"] for row in declared.rows})
+
+
+# What the lessons train, besides the panel: (name of the function, the settings that it gets)
+TRAINED = {
+    "01_full_fine_tuning": lambda s: [
+        ("tune", s), ("tune", s.changed(lr=s.scratch_lr)),
+        *(("tune", s.changed(lr=rate)) for rate in s.live_rates),
+        *(("tune", s.changed(rows=rows)) for rows in s.live_rows),
+    ],
+    "02_freezing": lambda s: [
+        ("train", s), *(("train", s.changed(lr=rate * s.lr_scale)) for rate in rates_of("freezing")),
+    ],
+    "03_lora_and_adapters": lambda s: [
+        ("tune", s), *(("tune", s.changed(lr=rate * s.lr_scale)) for rate in rates_of("adapters")),
+    ],
+    "04_prompt_learning": lambda s: [("tune", s), ("tune", s.changed(method="encoder_full"))],
+    "05_catastrophic_forgetting": lambda s: [("learn", s)],
+    "06_clip_loss": lambda s: [
+        ("learn", s), ("learn", s.changed(method="heads_only", batch_size=1024, num_epochs=4 * s.num_epochs)),
+    ],
+}  # fmt: skip
+
+
+def ends_of(path: Path) -> list[tuple[str, float]]:
+    """The smallest and largest allowed value of each numeric setting."""
+    bounded = [parameter for parameter in settings_of(path).parameters() if parameter.low is not None]
+    return [(parameter.name, end) for parameter in bounded for end in (parameter.low, parameter.high)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_fit_takes_both_ends_of_every_setting(path: Path) -> None:
+    schema, notebook = settings_of(path), training_functions(path)
+    refused = []
+    for name, end in ends_of(path):
+        is_list = isinstance(schema.at("smoke").model_dump()[name], list)
+        kind = int if float(end).is_integer() else float
+        try:
+            chosen = schema.at("smoke", **{name: [kind(end)] if is_list else kind(end)})
+        except SettingsError as error:  # at the start, in one sentence
+            assert re.fullmatch(r"[^\n]+\.", str(error))
+            refused.append((name, end))
+            continue
+        notebook["Dataset"] = MagicMock()
+        notebook["Dataset"].from_list.return_value = range(getattr(chosen, "rows", None) or 1000)
+        for function, given in TRAINED[path.stem](chosen):
+            with pytest.raises(BuiltError):
+                notebook[function](given, 0)
+    assert refused == ([("steps", 100_000)] if path.stem == "04_prompt_learning" else [])
+
+
+@pytest.mark.parametrize(
+    ("schema", "given"),
+    [
+        (Contrastive, {"batch_size": 65536}), (Contrastive, {"num_epochs": 300}), (Contrastive, {"rows": 16}),
+        (Freezing, {"lr_scale": 100}), (Adapters, {"lr_scale": 40}),
+        (Prompting, {"steps": 20_000}), (Prompting, {"batch_size": 1024, "rows": 2}),
+    ],
+)  # fmt: skip
+def test_what_fit_would_refuse_is_refused_at_the_start(schema: type[NotebookSettings], given: dict) -> None:
+    with pytest.raises(SettingsError) as refused:
+        schema.at("cpu", **given)
+    first, value = next(iter(given.items()))
+    assert f"{first}={value}" in str(refused.value)
+    assert re.fullmatch(r"[^\n]+\.", str(refused.value))
+
+
+def test_more_rows_allow_more_steps() -> None:
+    assert Prompting.at("cpu", steps=20_000, rows=640).steps == 20_000
+    with pytest.raises(SettingsError, match=r"rows=500 .* 1,280 times, and 1,000 is the most: give fewer steps"):
+        Prompting.at("cpu", steps=20_000, rows=640).changed(rows=500)
+
+
+def test_the_lesson_may_set_a_multiple_of_what_the_reader_may() -> None:
+    largest = Contrastive.at("cpu", num_epochs=250)
+    assert largest.changed(num_epochs=1000).num_epochs == 1000
+    with pytest.raises(SettingsError, match=r"num_epochs=251 is not allowed: give a whole number from 1 to 250"):
+        Contrastive.at("cpu", num_epochs=251)
+    with pytest.raises(SettingsError, match=r"num_epochs=1001 is not allowed"):
+        largest.changed(num_epochs=1001)
 
 
 def test_a_notebook_outside_the_kit_has_no_settings() -> None:
@@ -88,6 +211,30 @@ def test_a_wrong_value_is_refused_in_one_line(wrong: dict, words: str) -> None:
 @pytest.mark.parametrize("good", [{"dataset": "owner/name"}, {"model": "owner/name"}, {"label": 1}, {"data": __file__}])
 def test_hub_ids_files_and_numbers_as_column_names_are_accepted(good: dict) -> None:
     assert FullFineTuning.at("cpu", **good)
+
+
+@pytest.mark.parametrize("name", ["/nothere", "./nothere", "~/pictures", "a/b/c", "owner/", "C:\\pictures"])
+def test_a_path_of_nothing_is_not_taken_for_a_hub_id(name: str) -> None:
+    for schema, setting in [(Contrastive, "images"), (Contrastive, "image_model"), (FullFineTuning, "model")]:
+        with pytest.raises(SettingsError, match=r"is not allowed: there is no such folder: give [^\n]+\.$"):
+            schema.at("cpu", **{setting: name})
+    with pytest.raises(SettingsError, match=r"is not allowed: there is no such file: give [^\n]+\.$"):
+        FullFineTuning.at("cpu", dataset=name)
+
+
+@pytest.mark.parametrize(
+    "set_again", [FullFineTuning.parameters_cell(), "lr = 1e-4"], ids=["second parameters cell", "assignment"]
+)
+def test_a_value_that_is_set_again_is_refused(set_again: str) -> None:
+    injected = "# Parameters\nlr = 0.003\nrows = None\n"
+    cells = [FullFineTuning.parameters_cell(), injected]
+    namespace: dict = {"In": ["", *cells]}
+    for cell in cells:
+        exec(cell, namespace)
+    assert FullFineTuning.from_cell(namespace).lr == 0.003
+    exec(set_again, namespace)
+    with pytest.raises(SettingsError, match=r"^lr was given as 0\.003, but it is (None|0\.0001) here: [^\n]+\.$"):
+        FullFineTuning.from_cell(namespace)
 
 
 @pytest.mark.parametrize(("given", "words"), [({"lrr": 1e-3}, "did you mean 'lr'"), ({"lr": 9}, "1e-07 to 1")])
