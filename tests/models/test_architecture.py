@@ -334,3 +334,14 @@ def test_a_model_may_have_several_end_tokens_and_a_body_that_is_not_called() -> 
     assert head_names(LlamaForCausalLM(config)) == []
     bart = make_any("BartForSequenceClassification").config
     assert head_names(BartForCausalLM(bart)) == []  # it calls the decoder in the body
+
+
+@pytest.mark.parametrize("kind", ["BertForSequenceClassification", "LlamaForSequenceClassification"])
+def test_a_model_without_weights_is_read_as_one_with_weights(kind: str) -> None:
+    """On the device "meta" there are shapes only, as for counting the weights of a large network."""
+    real = make_any(kind)
+    expected = [(group.name, list(group.parameters)) for group in layer_groups(real)]
+    architecture._TRACES.clear()
+    with torch.device("meta"):
+        shapes = type(real)(real.config)
+    assert [(group.name, list(group.parameters)) for group in layer_groups(shapes)] == expected
