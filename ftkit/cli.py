@@ -143,7 +143,7 @@ def _run(arguments: argparse.Namespace) -> int:
     notebook = notebooks.find_notebook(arguments.notebook)
     where = {"tier": arguments.tier, "out": arguments.out}
     planned = grid.plan(notebook, grid.each_once(arguments.parameter), tier=arguments.tier)
-    notebooks.prepare(arguments.out)
+    notebooks.make_out_folder(arguments.out)
     chosen = {value for job in planned for value in job.parameters.values() if isinstance(value, str)}
     _fetch_assets([*notebooks.assets_of(notebook), *chosen.intersection(registry.names())])
     if len(planned) > 1:

@@ -124,6 +124,9 @@ class Adapters(TrainedText):
     rows: int = setting(
         "training rows of each seed", 400, smoke=64, gpu=4000, between=(2, 1_000_000), unit="rows", log=True
     )
+    test_rows: int = setting(  # from 10: the lesson looks at eight of them
+        "test rows of every score", 1000, smoke=100, gpu=2000, between=(10, 1_000_000), unit="rows", log=True
+    )
     seed: int = setting("the first seed; the record has 0 to 4", 5, between=(0, 1_000_000))
     lr: float = setting("peak learning rate of the panel's runs", 1e-3, gpu=3e-4, between=(1e-7, 1), log=True)
     num_epochs: int = setting("passes over the training rows", 3, smoke=2, between=(1, 100), unit="epochs")
@@ -153,14 +156,8 @@ class Prompting(TextSettings):
         "encoder for full fine-tuning, as a comparison", "minilm", gpu="google-bert/bert-base-uncased"
     )
     rows: int = setting("labelled training rows", 128, smoke=16, between=(2, 1_000_000), log=True)
-    test_rows: int = setting(
-        "test rows of every score",
-        200,
-        smoke=16,
-        gpu=1000,
-        between=(2, 1_000_000),
-        unit="rows",
-        log=True,
+    test_rows: int = setting(  # from 10: the lesson picks a template on eight of them
+        "test rows of every score", 200, smoke=16, gpu=1000, between=(10, 1_000_000), unit="rows", log=True
     )
     seed: int = setting("the first seed; the record has 0 to 2", 5, between=(0, 1_000_000))
     num_seeds: int = setting("seeds; each draws its own rows", 1, gpu=3, between=(1, 100), unit="seeds")

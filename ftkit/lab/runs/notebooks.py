@@ -113,7 +113,7 @@ def run_notebook(
     return run
 
 
-def prepare(out: str | Path) -> Path:
+def make_out_folder(out: str | Path) -> Path:
     """Create the folder of the runs, unless it exists, and return its path.
 
     Raises:
@@ -277,7 +277,7 @@ def _new_run(source: Path, given: dict[str, Any], out: Path) -> Run:
     digests, identity = identify(source, given)
     started = datetime.now().astimezone()
     first = f"{source.stem}-{started:%Y%m%d-%H%M%S}-{identity[:6]}"
-    prepare(out)
+    make_out_folder(out)
     attempt = 1
     while True:
         run_id = first if attempt == 1 else f"{first}-{attempt}"

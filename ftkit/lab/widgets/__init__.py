@@ -1,1 +1,1 @@
-"""Widgets of the notebooks: control panel, playground, image search."""
+"""Widgets of the notebooks: a control for each setting (controls), the control panel, the playground, image search."""
