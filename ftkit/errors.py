@@ -20,7 +20,7 @@ class ModelError(ValueError):
 
 
 class FreezingError(ValueError):
-    """Layers cannot be frozen, or given their own learning rates, as requested."""
+    """The layers of a model cannot be told apart, or cannot be frozen as requested."""
 
 
 class FeatureCacheError(ValueError):

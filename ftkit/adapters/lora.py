@@ -256,7 +256,7 @@ def _base(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def _base_weights(base: PreTrainedModel) -> dict[str, Tensor]:
-    """The base's weights by the names that they had before peft wrapped layers; heads that peft has copied are not."""
+    """The base's weights by the names that they had before peft wrapped layers; copied heads keep their new names."""
     return {name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items()}
 
 

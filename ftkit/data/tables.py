@@ -74,7 +74,7 @@ def read_table(path: Path) -> tuple[pd.DataFrame, list[str]]:
         DataError: the file does not exist, or is empty, malformed or of another kind.
     """
     if not path.is_file():
-        raise DataError(f"There is no file {path} in {Path.cwd()}: check the path.")
+        raise DataError(f"There is no file {path.absolute()}: check the path.")
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in FILE_TYPES:
         raise DataError(f"{path} has an unsupported file type: save it as one of {', '.join(FILE_TYPES)}.")
@@ -158,7 +158,7 @@ def _read_parquet(path: Path, content: bytes) -> _Table:
 
 
 def _decode(path: Path, content: bytes) -> tuple[str, list[str]]:
-    """Decode UTF-8, UTF-16, or UTF-32 with a mark."""
+    """Decode UTF-8, UTF-16 with or without a byte-order mark, or UTF-32 with one."""
     encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), None)
     if encoding is None and b"\0" in content:  # the byte 0 is half of "," or of the end of a line in UTF-16
         encoding = "utf-16-le" if content[1::2].count(0) > content[::2].count(0) else "utf-16-be"
@@ -270,7 +270,7 @@ def _read_json(path: Path, text: str) -> _Table:
     """Read JSON in a form that pandas writes, or one object per line."""
     try:
         document, halves = _load_json(text)
-        table, where = _table_of_json(path, document), f"{halves} places"
+        table, where = _table_of_json(path, document), f"{halves} place{'s' * (halves != 1)}"
     except json.JSONDecodeError as error:
         table = None
         if re.match(r"\s*(\[|\{\s*\n)", text):  # one document, not a line for each row
@@ -307,7 +307,7 @@ def _table_of_json(path: Path, value: Any) -> pd.DataFrame | None:
     if isinstance(value, list):  # "records"
         return pd.DataFrame(value, dtype=object) if all(isinstance(row, dict) for row in value) else None
     parts = list(value.values()) if isinstance(value, dict) else []
-    if parts and all(isinstance(part, dict) for part in parts):  # there are more rows than columns
+    if parts and all(isinstance(part, dict) for part in parts):  # assume more rows than columns
         orient = "index" if len(parts) > len(parts[0]) else "columns"
         return pd.DataFrame.from_dict(value, orient=orient, dtype=object).reset_index(drop=True)
     if len(parts) > 1 and all(isinstance(part, list) and len(part) == len(parts[0]) for part in parts):

@@ -48,9 +48,9 @@ def load_text(
     missing test split is cut from the training rows (20 % of them), and so is a missing validation split (10 %).
     Cuts are stratified and depend on the seed alone, not on the sizes asked for: the rows of `train=100` are the
     first 100 of `train=1000`, and the first N rows of a split, for every N, have nearly the class shares of the
-    whole split. White space around a text is removed. Four kinds of rows are dropped: rows without text or label,
-    repeated texts, texts that appear with several labels, and training rows whose text is also in a published
-    validation or test split. The type of a column is that of all rows together: a column that is empty is left out,
+    whole split. White space around a text is removed. Dropped are rows without text or label, training rows with a
+    repeated text (one stays) or with several labels, and rows whose text is also in a published split that takes
+    precedence (test before validation before training). The type of a column is that of all rows together: a column that is empty is left out,
     and one whose values have no common type becomes strings.
 
     Args:
@@ -343,9 +343,10 @@ def encode(
     max_length: int = 128,
     text: str = "text",
 ) -> datasets.DatasetDict:
-    """Tokenise each split without padding; print how many texts were cut, if any, and the share of unknown tokens.
+    """Tokenise each split without padding, and print how many texts were cut, if any.
 
-    That share is printed above 5 %, with the number of different texts that became equal because of it.
+    If more than 5 % of the tokens are unknown to the model, print that share too, and how many different texts became
+    equal because of it.
 
     Args:
         splits: data sets with a column of texts and the column `label`.

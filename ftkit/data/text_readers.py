@@ -238,7 +238,8 @@ def choose_columns(
     """Rename the columns of texts and labels to `text` and `label` and put them first; guess those that are not named.
 
     A guess is the first usual name that the table has. Without one, the text is the column whose values have the most
-    letters, among those with a different value in most rows, and the label is the column with the fewest distinct
+    letters (in the first 1,000 rows, among the columns with at least half as many distinct values as the most varied
+    one), and the label is the column with the fewest distinct
     values (at least two). A column with the usual name of a label is never taken as text.
 
     Args:
@@ -297,7 +298,7 @@ def choose_columns(
 
 
 def _most_letters(table: pd.DataFrame) -> str | None:
-    """Return the column whose strings have the most letters, among those that differ in most rows; None if none has."""
+    """Return the column whose strings have the most letters, among the most varied ones; None if none has letters."""
 
     def letters(value: object) -> int:
         prose = isinstance(value, str) and not _MACHINE_MADE.fullmatch(value)

@@ -102,7 +102,7 @@ def block_outputs(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """Names of the output layers of the attention sub-layers, and of the feed-forward sub-layers, each in order.
 
     Raises:
-        ValueError: a block lacks one of the two, so the architecture is not known here.
+        ValueError: a block has no attention output, or not exactly one feed-forward output.
     """
     attention = layers_called(model, [*_ATTENTION_OUTPUTS, "crossattention.output.dense"])
     feed_forward = [name for name in layers_called(model, _FEED_FORWARD_OUTPUTS) if name not in attention]
@@ -212,7 +212,7 @@ def layer_groups(model: nn.Module) -> list[Group]:
     names: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = names.setdefault(parameter, name)
-        group = groups[indices.get(first, _group_beside(first, indices))]
+        group = groups[indices[first] if first in indices else _group_beside(first, indices)]
         if first == name:
             group.parameters[name] = parameter
         else:
@@ -268,18 +268,18 @@ def _path(model: nn.Module, part: nn.Module) -> str:
 def _refusal(model: nn.Module, reason: str) -> FreezingError:
     return FreezingError(
         f"{type(model).__name__} can't be read layer by layer, because {reason}: "
-        "give names or patterns of the parameters to train, as in freeze(model, train=['*.bias', 'classifier.*'])."
+        "use another architecture or, to freeze it, name parameters: freeze(model, train=['*.bias', 'classifier.*'])."
     )
 
 
 @dataclass(frozen=True)
 class _Trace:
-    """What happened in a forward pass. The time goes one further whenever a module starts or ends.
+    """What happened in a forward pass. Time is a counter that rises by one whenever a module starts or ends.
 
     Attributes:
         runs: start and end of each run of a module, by its path.
         used: when a parameter was used first, by its name.
-        learns: names of the parameters that the output depends on; it has a gradient in them.
+        learns: names of the parameters that the output depends on, so that a gradient reaches them.
         give_tensors: paths of the modules that returned a tensor.
         gives_logits: whether the pass returned logits.
     """
@@ -306,7 +306,7 @@ def _trace(model: nn.Module) -> _Trace:
     """Run a copy of the model, which shares its weights, on a few tokens or on one image.
 
     Raises:
-        FreezingError: this fails.
+        FreezingError: the pass fails, or a classifier returns no logits.
     """
     network, runner, prefix = _network(model), model, ""
     while runner is not network:  # a module around it may need further inputs, and is run only if it has weights
@@ -322,14 +322,14 @@ def _trace(model: nn.Module) -> _Trace:
         except Exception as error:
             raise _refusal(model, f"a short forward pass fails ({first_line(error)})") from error
     if "Classification" in type(network).__name__ and not _TRACES[key].gives_logits:
-        raise _refusal(model, "it returns no logits, which a classifier is trained by")
+        raise _refusal(model, "it returns no logits to train a classifier on")
     return _TRACES[key]
 
 
 def _run(model: nn.Module, batch: Mapping[str, Tensor], prefix: str) -> _Trace:
     """Trace one forward pass; ``prefix`` stands before the names."""
-    # a copy, since some models change in a pass (BigBird drops its sparse attention if the text is short); its
-    # parameters are others, which all require a gradient, with the same weights
+    # a copy, since some models change in a pass (BigBird drops its sparse attention if the text is short); it has new
+    # Parameter objects, which share the weights and all require a gradient
     shared: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
     names: dict[int, str] = {}
     quantised: set[str] = set()  # these have no gradient, but what is added to their layers has one

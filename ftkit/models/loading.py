@@ -164,15 +164,15 @@ def name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:
 
 
 def new_weights(model: PreTrainedModel) -> set[str]:
-    """Names of the weights that are not in the checkpoint, those of a new head among them; so an adapter takes them.
+    """Names of the weights that no checkpoint has, because they started at random; a new head is among them.
 
-    They are known for classifiers from this module, and after ``add_new_weights``.
+    ``save_adapter`` and ``save_bottleneck`` save them too. The set is empty for models that were not loaded here.
     """
     return getattr(model, "_new_weights", set())
 
 
 def add_new_weights(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Remember that these weights are not in the checkpoint either."""
+    """Mark further weights as new: no checkpoint has them."""
     model._new_weights = new_weights(model) | {*names}
 
 
@@ -182,8 +182,8 @@ def report_random_weights(base: PreTrainedModel, saved: Container[str], folder: 
     random = sorted(name for name in new_weights(base) if name.startswith(body) and name not in saved)
     if random:
         print(
-            f"{folder}: {len(random)} weights of the base start at random and were not saved with the adapter, so that "
-            f"its logits may be others than in training: {', '.join(random[:4])}"
+            f"{folder}: {len(random)} weights of the base start at random and were not saved with the adapter, so "
+            f"its logits may differ from those in training: {', '.join(random[:4])}"
         )
 
 
@@ -217,7 +217,7 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a classifier that ``save`` wrote, with the same head, label names and logits.
 
     Raises:
-        ModelError: the folder does not contain a saved classifier, or not all of its weights, or others.
+        ModelError: the folder does not contain a saved classifier, or some weights are missing or unexpected.
     """
     folder = Path(folder).absolute()  # a folder may have the name of an asset
     _refuse_adapter(folder)

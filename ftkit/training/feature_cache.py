@@ -206,7 +206,8 @@ def cache_frozen_layers(
         batch_size: rows per forward pass.
 
     Returns:
-        The upper layers, and the rows of each split with their activations, float32 of shape (T, H).
+        The upper layers, and the rows of each split with their activations, float32 of shape (T, H), or
+        (1, H) if the head reads one token.
 
     Raises:
         FeatureCacheError: the lowest layers train, or no layer does; the rows change from one reading to the next; the
@@ -302,7 +303,7 @@ def _split_groups(model: nn.Module) -> tuple[list[Group], Group]:
 
 
 def _require_fixed_rows(data: Mapping[str, Any]) -> None:
-    """Refuse rows that differ at each reading (augmentation), because a cache would keep one version of them."""
+    """Refuse rows that change at each reading (augmentation), judged by the first three of each split."""
     for split, rows in data.items():
         for i in range(min(3, len(rows))):
             once, again = dict(rows[i]), dict(rows[i])

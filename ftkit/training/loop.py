@@ -66,6 +66,7 @@ def fit(
             the model or the rows.
         DataError: the model can't read the rows, or does not know their classes.
         ModelError: the model has no embedding for its padding token.
+        ValueError: there are no rows, or class_weights has the wrong length.
     """
     run = prepare(model, data, settings)  # device, precision, optimiser, class weights, number of steps
     with Meter() as cost, _ending(run):
@@ -103,7 +104,7 @@ def prepare(model: nn.Module, data: Mapping[str, Any], settings: TrainSettings) 
         optimizer = accelerator.prepare_optimizer(make_optimizer(model, settings))
     class_weights = None
     if settings.class_weights is not None:
-        num_classes = getattr(getattr(model, "config", None), "num_labels", 0)  # or those that the rows have
+        num_classes = getattr(getattr(model, "config", None), "num_labels", 0)  # 0: unknown, so counted from the labels
         weights = make_class_weights(settings.class_weights, row_labels(data["train"]), num_classes)
         class_weights = weights.to(accelerator.device)
     lengths = row_lengths(data["train"])
@@ -257,7 +258,9 @@ def _ending(run: TrainingRun) -> Iterator[None]:
 
 
 def lr_factor(step: int, total_steps: int, settings: TrainSettings) -> float:
-    """Share of the peak learning rate at a step (from 0): linear warm-up from 0, then the schedule down to 0.
+    """Share of the peak learning rate at a step (from 0): linear warm-up from 0, then the schedule.
+
+    The schedules linear and cosine fall to 0; constant stays at 1.
 
     A single step is at the peak rate, since a warm-up from 0 would leave the weights as they are.
     """

@@ -240,6 +240,23 @@ def test_a_kernel_that_dies_ends_the_run_with_an_error(tmp_path: Path) -> None:
     assert run.error in BeautifulSoup(write_report(run).read_text(encoding="utf-8"), "html.parser").get_text()
 
 
+def test_an_interruption_while_output_is_read_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(
+        client: NotebookClient, message: dict, *given: object, real=NotebookClient.process_message
+    ) -> object:
+        if message["msg_type"] == "stream":
+            raise KeyboardInterrupt
+        return real(client, message, *given)
+
+    monkeypatch.setattr(NotebookClient, "process_message", interrupted)
+    prints = "import os, pathlib\npathlib.Path('PID').write_text(str(os.getpid()))\nprint('so far')"
+    monkeypatch.chdir(tmp_path)
+    run = run_notebook(write_notebook(tmp_path / "prints.ipynb", prints), out=tmp_path / "out", progress=False)
+    assert run.error == entry_of(run)["error"] == "Interrupted (cell 3, “A tiny notebook”)"
+    assert not psutil.pid_exists(int(Path("PID").read_text()))
+    assert nbformat.read(run.executed, as_version=4).metadata.papermill.end_time
+
+
 def test_a_kernel_that_no_longer_answers_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "_SILENCE", 2.0)
     cells = (

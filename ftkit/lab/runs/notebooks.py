@@ -78,7 +78,7 @@ def run_notebook(
 
     A relative path in a parameter is therefore relative to the caller's folder. Whatever ends the run early (a cell
     that fails, a kernel that dies, a full disk, Ctrl-C) raises no error: the cells executed so far are kept and
-    ``Run.error`` says what happened. Saved settings that are not what was given are an error, too.
+    ``Run.error`` says what happened. It is also an error if metrics.json has other settings than those given.
 
     Args:
         notebook: a path, or the name of a notebook in ``notebooks/``.
