@@ -154,7 +154,8 @@ def _read_parquet(path: Path, content: bytes) -> _Table:
         table = pd.read_parquet(pa.BufferReader(content))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as a Parquet file ({first_line(error)}): write it again.") from None
-    return table if None in table.index.names else table.reset_index(), []
+    unnamed = None in table.index.names or set(table.index.names) & {*table.columns}  # or kept as a column too
+    return table.reset_index(drop=True) if unnamed else table.reset_index(), []
 
 
 def _decode(path: Path, content: bytes) -> tuple[str, list[str]]:
@@ -195,7 +196,7 @@ def _read_delimited(path: Path, text: str) -> _Table:
         text, first = text[said.end() :], 2
         notes.append(f"the first line, {said[0].strip()!r}, left out")
     else:
-        delimiter = _guess_delimiter(text)
+        delimiter = _guess_delimiter(text, usual="\t" if ".tsv" in path.suffixes else ",")
     if delimiter != ",":
         notes.append(f"fields separated by {delimiter!r}")
     parse = functools.partial(_parse, path, text, first, delimiter)
@@ -223,15 +224,18 @@ def _any_field(table: pd.DataFrame, check: Callable[[str], object]) -> bool:
     return any(check(field) for _, column in table.items() for field in column)
 
 
-def _guess_delimiter(text: str) -> str:
-    """Return the delimiter that cuts the header into several fields, and most of the first rows into as many."""
+def _guess_delimiter(text: str, usual: str) -> str:
+    """Return the delimiter that cuts the header into several fields, and most of the first rows into as many.
+
+    Where two do so equally well, the usual one of the kind of file is taken.
+    """
     scores, start = {",": (0.0, 1)}, text[:1_000_000]
     for delimiter in ",;\t|":
         rows = csv.reader(io.StringIO(start, newline=""), delimiter=delimiter, skipinitialspace=True)
         sizes = [len(row) for row in itertools.islice(filter(None, rows), 50)]
         if sizes and sizes[0] > 1:
             scores[delimiter] = (sizes.count(sizes[0]) / len(sizes), sizes[0])
-    return max(scores, key=scores.get)
+    return max(scores, key=lambda delimiter: (scores[delimiter][0], delimiter == usual, scores[delimiter][1]))
 
 
 def _parse(path: Path, text: str, first: int, delimiter: str, **options: Any) -> pd.DataFrame:

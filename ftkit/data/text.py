@@ -50,8 +50,8 @@ def load_text(
     first 100 of `train=1000`, and the first N rows of a split, for every N, have nearly the class shares of the
     whole split. White space around a text is removed. Dropped are rows without text or label, training rows with a
     repeated text (one stays) or with several labels, and rows whose text is also in a published split that takes
-    precedence (test before validation before training). The type of a column is that of all rows together: a column that is empty is left out,
-    and one whose values have no common type becomes strings.
+    precedence (test before validation before training). The type of a column is that of all rows together: a
+    column that is empty is left out, and one whose values have no common type becomes strings.
 
     Args:
         source: an asset, a hub data set ("owner/name" or "owner/name:config"), or a CSV, TSV, JSON, JSON Lines,

@@ -287,7 +287,8 @@ def _named(name: str, known: list[str]) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+    """Whether it is owner/name or, for a data set, owner/name:config."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", name) is not None
 
 
 def _near(name: str, known: list[str], kind: str) -> str:

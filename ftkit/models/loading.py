@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -61,6 +62,7 @@ def load_classifier(
     check_dropout(dropout)
     model, tokenizer, info, old_config = _read_classifier(name_or_path, names, pretrained, dropout, seed)
     if pretrained:
+        _reorder_head(model, class_names(old_config))
         _report_weights(model, info, name_or_path, old_config)
     return finish_loading(model, tokenizer, name_or_path)
 
@@ -154,7 +156,7 @@ def finish_loading(
 
 def class_names(config: PreTrainedConfig) -> list[str]:
     """Names of a classifier's classes, in order."""
-    return [config.id2label[i] for i in range(config.num_labels)]
+    return [config.id2label[i] for i in sorted(config.id2label)]  # some configs count them from 1
 
 
 def name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:
@@ -325,10 +327,31 @@ def _report_weights(
     if info["mismatched_keys"] - {*body}:
         print(f"{name}: its head is for {len(old_names)} classes, not {len(names)}: a new one replaces it")
     elif len(new) == len(body):
-        if names != old_names:
+        if {*names} != {*old_names}:
             print(f"{name}: its head is kept, its classes {old_names} are now called {names}")
         if old_type not in (None, "single_label_classification"):
             print(f"{name}: its head is kept, and was trained for {old_type}: its classes now exclude each other")
+
+
+def _reorder_head(model: PreTrainedModel, old_names: Sequence[str]) -> None:
+    """Reorder the outputs of a head that was kept, if its classes have the same names in another order."""
+    names, inside = class_names(model.config), model.base_model_prefix + "."
+    heads = [
+        (path, layer)
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer.out_features == len(names) and not path.startswith(inside)
+    ]
+    if (
+        names == old_names
+        or {*names} != {*old_names}
+        or len(heads) != 1
+        or f"{heads[0][0]}.weight" in new_weights(model)
+    ):
+        return
+    order = [old_names.index(name) for name in names]
+    with torch.no_grad():
+        for parameter in heads[0][1].parameters():
+            parameter.copy_(parameter[order].clone())
 
 
 def _report_unused(unused: set[str], name: str | Path) -> None:

@@ -62,6 +62,8 @@ def match_rows(model: nn.Module, rows: Any) -> Any:
             its head needs it.
         ModelError: the model has no embedding for its padding token.
     """
+    if not _is_stored(rows):  # to look at rows that are made when they are read would make them all once more
+        return rows
     lengths, first = row_lengths(rows), peek(rows)
     network = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if "input_ids" in first and network is not None and (words := _word_embeddings(network)) is not None:
@@ -77,6 +79,13 @@ def match_rows(model: nn.Module, rows: Any) -> Any:
         _require_token_labels(rows, num_classes, type(network or model).__name__)
         return rows
     return _match_labels(rows, num_classes, names, type(network or model).__name__)
+
+
+def _is_stored(rows: Any) -> bool:
+    """Whether rows are kept in memory or on disk, instead of being made (decoded, augmented) at each reading."""
+    if isinstance(rows, datasets.Dataset):
+        return rows.format["type"] != "custom"
+    return isinstance(rows, list | tuple) or hasattr(rows, "lengths")
 
 
 def _word_embeddings(network: PreTrainedModel) -> nn.Embedding | None:
@@ -114,11 +123,12 @@ def _require_length(model: nn.Module, network: PreTrainedModel, lengths: NDArray
 def _require_tokens(model: nn.Module, network: PreTrainedModel, num_words: int, rows: Any) -> None:
     """Refuse tokens and a padding token without embeddings, and rows without the one end mark that their head reads."""
     ids, lengths = flat_column(rows, "input_ids")
-    row_of, kind = np.repeat(np.arange(len(lengths)), lengths), type(network).__name__
-    unknown = np.flatnonzero((ids < 0) | (ids >= num_words))
-    if len(unknown):
+    kind = type(network).__name__
+    if ids.min() < 0 or ids.max() >= num_words:
+        unknown = np.flatnonzero((ids < 0) | (ids >= num_words))
+        row = np.searchsorted(np.cumsum(lengths), unknown[0], side="right")
         raise DataError(
-            f"Row {row_of[unknown[0]]} has the token {ids[unknown[0]]}, and {kind} has embeddings for the tokens 0 to "
+            f"Row {row} has the token {ids[unknown[0]]}, and {kind} has embeddings for the tokens 0 to "
             f"{num_words - 1}: use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))."
         )
     padding = getattr(getattr(model, "config", None), "pad_token_id", None)
@@ -129,12 +139,15 @@ def _require_tokens(model: nn.Module, network: PreTrainedModel, num_words: int, 
         )
     if network.config.model_type in _READ_AT_END_MARK and kind.endswith("ForSequenceClassification"):
         end = network.config.eos_token_id
+        row_of = np.repeat(np.arange(len(lengths)), lengths)
         marks = np.bincount(row_of[ids == end], minlength=len(lengths))
-        if (marks != 1).any():
-            row = (marks != 1).argmax()
+        usual = max(1, int(np.bincount(marks).argmax()))  # 3 in a pair of sentences for BART
+        if (marks != usual).any():
+            row = (marks != usual).argmax()
+            needed = "exactly once" if usual == 1 else f"{usual} times, as in the other rows"
             raise DataError(
-                f"Row {row} has the end mark (token {end}) {marks[row]} times, and {kind} needs it exactly once, at "
-                "the end of the row: encode with the model's own tokenizer, and take the mark out of the text."
+                f"Row {row} has the end mark (token {end}) {marks[row]} times, and {kind} needs it {needed}: encode "
+                "with the model's own tokenizer, and take the mark out of the text."
             )
 
 
@@ -150,8 +163,9 @@ def _classes(model: nn.Module, network: PreTrainedModel | None) -> tuple[int | N
     if network is not None and network.get_output_embeddings() is not None and config == network.config:
         return network.get_output_embeddings().weight.shape[0], None
     num_classes = getattr(config, "num_labels", None)
-    names = class_names(config) if num_classes is not None and hasattr(config, "id2label") else None
-    return num_classes, names
+    several_adapters = len(getattr(model, "peft_config", ())) > 1  # they share one config, which names one's classes
+    named = num_classes is not None and hasattr(config, "id2label") and not several_adapters
+    return num_classes, class_names(config) if named else None
 
 
 def _require_token_labels(rows: Any, num_classes: int | None, kind: str) -> None:
@@ -173,15 +187,17 @@ def _match_labels(rows: Any, num_classes: int | None, names: list[str] | None, k
             f"The label of row {wrong} is {labels[wrong]!r}, and a classifier needs the number of a class, from 0: "
             "leave out rows without a class, and number classes that have names with class_encode_column('label')."
         )
-    feature = rows.features["labels"] if isinstance(rows, datasets.Dataset) else None
+    feature = rows.features.get("labels") if isinstance(rows, datasets.Dataset) else None
     if names is not None and isinstance(feature, datasets.ClassLabel):
-        numbers = _numbers_by_name(feature.names, names)
-        if numbers != list(range(len(numbers))):
-            matched = ", ".join(f"{name} is {number}" for name, number in zip(feature.names[:8], numbers, strict=False))
+        present = sorted(set(labels))  # a class without rows does not matter
+        numbers = _numbers_by_name([feature.names[i] for i in present], names, feature.names)
+        if numbers != present:
+            number_of = dict(zip(present, numbers, strict=True))
+            matched = ", ".join(f"{feature.names[i]} is {number}" for i, number in list(number_of.items())[:8])
             more = ", …" if len(numbers) > 8 else ""
             print(f"{len(rows):,} rows: their classes are matched to the model's by name: {matched}{more}")
             rows = rows.remove_columns("labels")
-            return rows.add_column("labels", [numbers[i] for i in labels], feature=datasets.ClassLabel(names=names))
+            return rows.add_column("labels", [number_of[i] for i in labels], feature=datasets.ClassLabel(names=names))
     most = int(np.argmax(labels))
     if num_classes is not None and labels[most] >= num_classes:
         raise DataError(
@@ -191,12 +207,18 @@ def _match_labels(rows: Any, num_classes: int | None, names: list[str] | None, k
     return rows
 
 
-def _numbers_by_name(ours: Sequence[str], models: Sequence[str]) -> list[int]:
-    """The model's number for each class of the rows; the same numbers if one side has no names."""
+def _numbers_by_name(ours: Sequence[str], models: Sequence[str], declared: Sequence[str]) -> list[int]:
+    """The model's number for each class of the rows; their own number if one side has no names.
+
+    Args:
+        ours: the classes that have rows.
+        models: the classes of the model.
+        declared: all classes that the rows declare, in the order of their numbers.
+    """
     if set(ours) <= set(models):
         return [models.index(name) for name in ours]
-    if not set(ours) & set(models) and (_unnamed(ours) or _unnamed(models)):
-        return list(range(len(ours)))
+    if not set(ours) & set(models) and (_unnamed(declared) or _unnamed(models)):
+        return [declared.index(name) for name in ours]
     unknown = [name for name in ours if name not in models]
     raise DataError(
         f"The rows have classes that the model does not know, {_some(unknown)}, and the model's are {_some(models)}: "

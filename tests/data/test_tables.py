@@ -13,6 +13,7 @@ from openpyxl import Workbook
 from tiny_texts import ROWS, csv_of, write
 
 from ftkit.data import text
+from ftkit.data.tables import read_table
 from ftkit.errors import DataError
 
 FRAME = pd.DataFrame(ROWS, columns=["text", "label"])
@@ -335,3 +336,17 @@ def test_half_an_emoji_is_repaired_wherever_it_stands(
     assert f"half an emoji replaced by '\ufffd' in {'line 1, 2, 3 and 17 more' if lines else '31 places'};" in out
     train = text.load_text(path)["train"]
     assert train.column_names == ["text", "label", "note", "tags", "n\ufffd"]
+
+
+def test_tabs_cut_a_tsv_file_though_commas_would_do_it_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "quotes.tsv"
+    path.write_text("text, long\tlabel\nno, he said\tneg\nyes, she said\tpos\n", encoding="utf-8")
+    table, _ = read_table(path)
+    assert table.columns.tolist() == ["text, long", "label"]
+    assert table["label"].tolist() == ["neg", "pos"]
+
+
+def test_an_index_that_is_a_column_too_is_left_out(tmp_path: Path) -> None:
+    pd.DataFrame({"id": [3, 4], "text": ["a", "b"]}).set_index("id", drop=False).to_parquet(tmp_path / "a.parquet")
+    table, _ = read_table(tmp_path / "a.parquet")
+    assert table["id"].tolist() == [3, 4]

@@ -12,6 +12,7 @@ from tiny_models import VOCABULARY, make_tiny, make_word_tokenizer
 from tiny_zoo import class_names, make_any
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from ftkit.adapters.lora import add_lora
 from ftkit.data.text import encode, shorten
 from ftkit.errors import DataError, ModelError, TrainingError
 from ftkit.models.loading import name_classes
@@ -69,7 +70,7 @@ def test_classes_are_matched_by_name(capsys: pytest.CaptureFixture) -> None:
     evaluation = evaluate(model, named_rows(["b", "c"], [0] * 5))
     assert evaluation.accuracy == 1
     assert evaluation.labels.tolist() == evaluation.predictions.tolist() == [1] * 5
-    assert capsys.readouterr().out == "5 rows: their classes are matched to the model's by name: b is 1, c is 2\n"
+    assert capsys.readouterr().out == "5 rows: their classes are matched to the model's by name: b is 1\n"
     assert evaluate(model, named_rows(["c", "b", "a"], [1, 0, 1, 2])).labels.tolist() == [1, 2, 1, 0]
 
 
@@ -83,6 +84,31 @@ def test_fit_trains_on_classes_matched_by_name(class_weights: str | None) -> Non
         history = fit(named_model("a", "b", "c"), {"train": rows, "validation": rows}, settings)
         (matched if kind == "by name" else given)[:] = history.steps, history.epochs
     assert matched == given
+
+
+def test_a_class_without_rows_need_not_be_known() -> None:
+    rows = named_rows(["neg", "neutral", "pos"], [0, 2, 2, 0])
+    assert evaluate(named_model("neg", "pos"), rows).labels.tolist() == [0, 1, 1, 0]
+
+
+def test_several_adapters_of_one_base_have_classes_of_their_own() -> None:
+    """The base has one config, which can name the classes of one adapter only."""
+    model = add_lora(named_model("neg", "pos"), rank=2)
+    add_lora(model, rank=2, name="mail")
+    assert evaluate(model, named_rows(["ham", "spam"], [0, 1, 1])).labels.tolist() == [0, 1, 1]
+
+
+def test_rows_that_are_made_when_they_are_read_are_read_once() -> None:
+    """Such as decoded images: to check them beforehand would decode them all once more."""
+    read = []
+
+    def make(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        read.append(len(batch["given"]))
+        return {"input_ids": batch["given"], "labels": [0] * len(batch["given"])}
+
+    rows = datasets.Dataset.from_dict({"given": [[5, 6], [7, 8], [9, 10], [5, 9]]}).with_transform(make)
+    assert len(evaluate(named_model("a", "b"), rows, batch_size=2).labels) == 4
+    assert sum(read) <= 4 + 4 + 2  # the lengths, the batches, and a look at the first row
 
 
 def test_classes_that_the_model_does_not_know_are_refused() -> None:

@@ -1,5 +1,6 @@
 """Execute a notebook in a kernel, show the progress and measure the peak memory."""
 
+import asyncio
 import contextlib
 import logging
 import sys
@@ -96,8 +97,14 @@ def execute(
     finally:
         watch.stop()
         steps.bar.close()
+        for _ in range(3):  # asyncio hands an interruption on to each task that waited for the interrupted one
+            with contextlib.suppress(KeyboardInterrupt):
+                run_sync(asyncio.sleep)(0.01)
         if kernel.has_kernel:
-            run_sync(kernel.shutdown_kernel)(now=error is not None)
+            try:
+                run_sync(kernel.shutdown_kernel)(now=error is not None)
+            except KeyboardInterrupt:  # again
+                watch.kill_kernel()
         if kernel.connected:
             kernel.connected.stop_channels()
     try:
@@ -226,8 +233,7 @@ class _Watch(threading.Thread):
                 answered = time.monotonic()
             elif time.monotonic() - answered > _SILENCE and not self.ended_kernel:
                 self.ended_kernel = True
-                with contextlib.suppress(psutil.Error):  # also a stopped process ends; nbclient notices
-                    psutil.Process(self.kernel.provisioner.pid).kill()
+                self.kill_kernel()  # nbclient notices
             if sys.stderr.isatty():
                 self.steps.bar.refresh()  # keep the clock running during a long cell
             try:
@@ -236,6 +242,18 @@ class _Watch(threading.Thread):
                 self.peak_mib = max(self.peak_mib, sum(p.memory_info().rss for p in family) / 2**20)
             except (psutil.Error, AttributeError):  # a child that just ended, or a kernel not started yet
                 continue
+
+    def kill_kernel(self) -> None:
+        """End the kernel and its children at once, also stopped ones."""
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.kernel.provisioner.pid)
+            family = process.children(recursive=True)
+            process.kill()
+            for child in family:
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    child.kill()
 
     def stop(self) -> None:
         self.ended.set()

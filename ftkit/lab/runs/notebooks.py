@@ -5,6 +5,7 @@ wrote through `save_metrics`, and a line in ``OUT/ledger.jsonl``.
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit import TIERS
-from ftkit.errors import did_you_mean, first_line
+from ftkit.errors import SettingsError, did_you_mean, first_line
 from ftkit.lab.results import LEDGER, append_to_ledger, plain, results_table, writing
 from ftkit.lab.runs.execution import execute
 from ftkit.lab.schema import in_words
@@ -305,8 +306,11 @@ def _read_metrics(run: Run) -> None:
         run.error = run.error or f"metrics.json is damaged ({damage}): write it with nothing but `save_metrics`"
         return
     run.settings, run.metrics = settings, metrics
-    schema = settings_of(run.notebook)
-    asked = plain(schema.at(**run.parameters).model_dump() if schema else run.parameters, "parameters")
+    schema, asked = settings_of(run.notebook), run.parameters
+    if schema:
+        with contextlib.suppress(SettingsError):  # a file that was given may be gone by now
+            asked = plain(schema.at(**run.parameters).model_dump(), "parameters")
+    asked = plain(asked, "parameters")
     for name in run.parameters:
         given, used = asked[name], settings.get(name, asked[name])
         fewer = name in _AT_MOST and isinstance(used, int) and isinstance(given, int) and used < given
