@@ -264,7 +264,7 @@ def locate_model(
         asset = registry.get(str(name_or_path))
         if asset.kind not in kinds:
             raise ModelError(f"The asset {asset.name!r} is of kind {asset.kind!r}, not {what}: use {example}.")
-        advice = f"set FTKIT_CACHE to a new folder and run `ftkit fetch {asset.name}`"
+        advice = "check its files with `ftkit assets --verify`, or set FTKIT_CACHE to a new folder and fetch it again"
         return str(registry.fetch(asset.name)), local, advice
     if Path(name_or_path).is_dir():
         _refuse_adapter(Path(name_or_path))

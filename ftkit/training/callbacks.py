@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ftkit.training.batching import as_array, random_state_kept
+from ftkit.training.batching import as_array, random_state_kept, row_lengths
 from ftkit.training.state import TrainingRun
 
 
@@ -150,8 +150,19 @@ def _identity(run: TrainingRun) -> dict[str, Any]:
         "model": type(run.model).__name__,
         "trainable weights": f"{len(names)} ({hashlib.sha256(repr(names).encode()).hexdigest()[:12]})",
         "starting weights": weights.hexdigest()[:12],
+        "penalties": ", ".join(map(_describe, run.penalties)) or "none",
         "training rows": _digest(run.data["train"], run.lengths),
+        "validation rows": _digest(rows, row_lengths(rows)) if (rows := run.data.get("validation")) else "none",
     }
+
+
+def _describe(penalty: Any) -> str:
+    """A penalty by its name and its numbers, such as its strength."""
+    numbers = {
+        name: value for name, value in getattr(penalty, "__dict__", {}).items() if isinstance(value, int | float)
+    }
+    name = getattr(penalty, "__qualname__", type(penalty).__name__)
+    return f"{name}({', '.join(f'{key}={value:g}' for key, value in numbers.items())})"
 
 
 def _digest(rows: Any, lengths: NDArray[np.int64]) -> str:

@@ -68,7 +68,7 @@ def fit(
         ModelError: the model has no embedding for its padding token.
         ValueError: there are no rows, or class_weights has the wrong length.
     """
-    run = prepare(model, data, settings)  # device, precision, optimiser, class weights, number of steps
+    run = prepare(model, data, settings, penalties)  # device, precision, optimiser, class weights, number of steps
     with Meter() as cost, _ending(run):
         for callback in callbacks:
             callback.on_start(run)
@@ -77,7 +77,7 @@ def fit(
                 break
             train_mode(model)  # in each epoch, because a callback may have unfrozen something
             for batches in steps_of(run, epoch):
-                train_step(run, batches, penalties)
+                train_step(run, batches)
                 for callback in callbacks:
                     callback.on_step(run)
                 if run.stop:
@@ -91,7 +91,9 @@ def fit(
     return run.history
 
 
-def prepare(model: nn.Module, data: Mapping[str, Any], settings: TrainSettings) -> TrainingRun:
+def prepare(
+    model: nn.Module, data: Mapping[str, Any], settings: TrainSettings, penalties: Sequence[Penalty] = ()
+) -> TrainingRun:
     """Set the seed, put the model on the device, and make the optimiser; the arguments are those of ``fit``."""
     require_settings(model, data["train"], settings)
     data = {**data, **{split: match_rows(model, data[split]) for split in ("train", "validation") if split in data}}
@@ -110,7 +112,9 @@ def prepare(model: nn.Module, data: Mapping[str, Any], settings: TrainSettings) 
     lengths = row_lengths(data["train"])
     batches_per_epoch = math.ceil(len(lengths) / settings.batch_size)
     steps_per_epoch = math.ceil(batches_per_epoch / (settings.accumulation * accelerator.num_processes))
-    return TrainingRun(model, data, settings, optimizer, accelerator, prepared, class_weights, lengths, steps_per_epoch)
+    return TrainingRun(
+        model, data, settings, penalties, optimizer, accelerator, prepared, class_weights, lengths, steps_per_epoch
+    )
 
 
 @contextmanager
@@ -141,14 +145,14 @@ def steps_of(run: TrainingRun, epoch: int) -> list[list[Any]]:
     return all_steps_of(run, epoch)[run.step - epoch * run.steps_per_epoch :]
 
 
-def train_step(run: TrainingRun, batches: list[Any], penalties: Sequence[Penalty] = ()) -> None:
+def train_step(run: TrainingRun, batches: list[Any]) -> None:
     """One optimiser step: loss and backward pass, clipping, step."""
     settings, accelerator, optimizer = run.settings, run.accelerator, run.optimizer
     rate = lr_factor(run.step, run.total_steps, settings)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * rate
     with _plain_errors(run):
-        loss = backward(run, batches, penalties)
+        loss = backward(run, batches)
         _require_finite("loss", loss, run, batches)
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         grad_norm = float(accelerator.clip_grad_norm_(trained, settings.max_grad_norm))
@@ -165,7 +169,7 @@ def train_step(run: TrainingRun, batches: list[Any], penalties: Sequence[Penalty
     run.progress.update(run.step, f"loss {loss:.3f}")
 
 
-def backward(run: TrainingRun, batches: list[Any], penalties: Sequence[Penalty] = ()) -> float:
+def backward(run: TrainingRun, batches: list[Any]) -> float:
     """Add up the gradients of the batches of one step as if they were one large batch; return its mean loss.
 
     The summed loss of each batch is divided by the weight of the whole step: the number of its labels, or the sum of
@@ -185,7 +189,7 @@ def backward(run: TrainingRun, batches: list[Any], penalties: Sequence[Penalty] 
         with nullcontext() if i == len(inputs) - 1 else accelerator.no_sync(run.prepared):
             outputs, summed = _summed_loss(run, batch, known)
             loss = summed / total_weight
-            for penalty in penalties:
+            for penalty in run.penalties:
                 loss = loss + penalty(run.model, batch, outputs) * len(batch["labels"]) / total_rows
             loss = loss * (not idle)
             mean_loss += loss.detach()

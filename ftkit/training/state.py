@@ -1,6 +1,6 @@
 """Settings, state and history of a training run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from ftkit.training.losses import Penalty
 from ftkit.training.monitor import ProgressBar
 
 
@@ -79,6 +80,7 @@ class TrainingRun:
         model: the network, as the caller knows it.
         data: the splits that ``fit`` was given.
         settings: the settings that ``fit`` was given.
+        penalties: the terms that are added to the loss.
         optimizer: each of its parameter groups has an ``initial_lr``, its own peak rate.
         accelerator: device, precision and processes.
         prepared: the model as accelerate wraps it for them.
@@ -95,6 +97,7 @@ class TrainingRun:
     model: nn.Module
     data: Mapping[str, Any]
     settings: TrainSettings
+    penalties: Sequence[Penalty]
     optimizer: AcceleratedOptimizer
     accelerator: Accelerator
     prepared: nn.Module

@@ -157,11 +157,11 @@ def test_accumulated_batches_give_the_gradient_of_the_large_one(smoothing):
     def gradient(batches):
         lm = make_lm().double()
         model = CompletionModel(lm)
-        run = prepare(model, {"train": rows}, TrainSettings(label_smoothing=smoothing))
         penalty = [
             lambda model, batch, outputs: batch["input_ids"][:, 0].double().mean() * lm.lm_head.weight.square().sum()
         ]
-        loss = backward(run, batches, penalty)
+        run = prepare(model, {"train": rows}, TrainSettings(label_smoothing=smoothing), penalty)
+        loss = backward(run, batches)
         return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
 
     large_loss, large = gradient([np.arange(19)])

@@ -12,6 +12,7 @@ from tiny_bert import VOCABULARY, make_rows, make_tiny_bert
 from tiny_towers import brighten, make_pairs, make_towers
 
 from ftkit.adapters.lora import add_lora, bitfit
+from ftkit.continual.penalties import L2SP
 from ftkit.contrastive.feature_cache import cache_towers
 from ftkit.contrastive.rows import encode_pairs
 from ftkit.training.callbacks import Callback, Checkpoint
@@ -38,9 +39,24 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def test_a_checkpoint_of_other_texts_is_refused(tmp_path: Path, tiny_data: dict) -> None:
     fit(make_tiny_bert(), tiny_data, SETTINGS, callbacks=[Checkpoint(tmp_path / "run")])
-    other = {"train": other_texts(tiny_data["train"])}
+    other = {**tiny_data, "train": other_texts(tiny_data["train"])}
     with pytest.raises(ValueError, match=r"of a run with training rows=\w+, but this run has \w+: use another file"):
         fit(make_tiny_bert(), other, SETTINGS, callbacks=[Checkpoint(tmp_path / "run")])
+
+
+def test_a_checkpoint_of_other_validation_rows_or_penalties_is_refused(tmp_path: Path, tiny_data: dict) -> None:
+    def train(data: dict[str, Any], *penalties: Any) -> None:
+        fit(make_tiny_bert(), data, SETTINGS, penalties=penalties, callbacks=[Checkpoint(tmp_path / "run")])
+
+    start = make_tiny_bert()
+    train(tiny_data, L2SP(start, 0.5))
+    train(tiny_data, L2SP(start, 0.5))
+    with pytest.raises(ValueError, match=r"penalties=L2SP\(.*strength=0\.5.*, but this run has none"):
+        train(tiny_data)
+    with pytest.raises(ValueError, match=r"but this run has L2SP\(.*strength=0\.7"):
+        train(tiny_data, L2SP(start, 0.7))
+    with pytest.raises(ValueError, match="of a run with validation rows="):
+        train({**tiny_data, "validation": other_texts(tiny_data["validation"])}, L2SP(start, 0.5))
 
 
 def test_a_checkpoint_of_other_cached_texts_is_refused(tmp_path: Path) -> None:

@@ -97,9 +97,9 @@ def test_accumulated_batches_give_the_gradient_of_the_large_one(class_weights: t
 
     def gradient(group: list[np.ndarray]) -> tuple[float, torch.Tensor]:
         model = make_tiny_bert(dropout=0).double()
-        run = prepare(model, {"train": rows}, settings)
         penalty = [lambda model, batch, outputs: outputs.logits.square().mean()]
-        loss = backward(run, group, penalty)
+        run = prepare(model, {"train": rows}, settings, penalty)
+        loss = backward(run, group)
         return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     large_loss, large = gradient([np.arange(19)])
