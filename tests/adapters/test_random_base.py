@@ -149,8 +149,8 @@ def test_an_adapter_that_was_saved_without_the_random_part_says_so(
         capsys.readouterr()
         load_it(base, folder)
         assert capsys.readouterr().out == (
-            f"{folder}: 2 weights of the base start at random and were not saved with the adapter, so that its logits "
-            "may be others than in training: bert.pooler.dense.bias, bert.pooler.dense.weight\n"
+            f"{folder}: 2 weights of the base start at random and were not saved with the adapter, so its logits "
+            "may differ from those in training: bert.pooler.dense.bias, bert.pooler.dense.weight\n"
         )
 
 

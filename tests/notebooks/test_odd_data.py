@@ -80,5 +80,5 @@ def test_captions_that_repeat_across_splits(tmp_path: Path) -> None:
         Image.fromarray(pixels).save(folder / f"{i}.png")
         rows.append((f"{i}.png", caption))
     write_csv(folder / "captions.csv", ("file", "caption"), *rows)
-    done = run("06_clip_loss", tmp_path, images=str(folder), rows=24, test_rows=8)
+    done = run("06_clip_loss", tmp_path, images=str(folder), rows=32, test_rows=8)
     assert done.error is None
