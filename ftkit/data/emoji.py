@@ -84,6 +84,8 @@ GROUPS: dict[str, tuple[tuple[int, int], ...]] = {
     "clock": ((0x231A, 0x231A), (0x23F0, 0x23F2), (0x1F550, 0x1F567), (0x1F570, 0x1F570)),
 }  # fmt: skip
 
+_FONT = "NotoEmoji[wght].ttf"
+
 _AN = re.compile(r"(?!unicorn|euro|ewe\b|one\b)[aeiou]|hourglass|x-ray|SOS|NG ", re.IGNORECASE)
 
 
@@ -209,25 +211,22 @@ def _masks(characters: tuple[str, ...], size: int, weight: int, rotation: float)
     """Ink coverage of each pixel, from 0 to 255, shape (N, size, size); read-only, because it is cached."""
     font = _font(max(64, round(1.5 * size)), weight)  # larger than needed; scaled down below
     masks = np.zeros((len(characters), size, size), dtype=np.uint8)
-    for mask, character in zip(masks, characters, strict=True):
-        glyph = font.getmask(character, "L")
-        shape = Image.frombytes("L", glyph.size, bytes(glyph))
-        if shape.getbbox() is None:
-            raise DataError(f"The font draws nothing for {character!r}: take characters from `emoji_names()`.")
-        shape = shape.crop(shape.getbbox())
-        if rotation:
-            shape = shape.rotate(rotation, resample=Image.Resampling.BICUBIC, expand=True)
+    with registry.reading("emoji"):
+        for mask, character in zip(masks, characters, strict=True):
+            glyph = font.getmask(character, "L")
+            shape = Image.frombytes("L", glyph.size, bytes(glyph))
+            if shape.getbbox() is None:
+                raise DataError(f"The font draws nothing for {character!r}: take characters from `emoji_names()`.")
             shape = shape.crop(shape.getbbox())
-        scale = _FILL * size / max(shape.size)
-        width, height = (max(1, round(side * scale)) for side in shape.size)
-        top, left = (size - height) // 2, (size - width) // 2
-        mask[top : top + height, left : left + width] = shape.resize((width, height), Image.Resampling.BICUBIC)
+            if rotation:
+                shape = shape.rotate(rotation, resample=Image.Resampling.BICUBIC, expand=True)
+                shape = shape.crop(shape.getbbox())
+            scale = _FILL * size / max(shape.size)
+            width, height = (max(1, round(side * scale)) for side in shape.size)
+            top, left = (size - height) // 2, (size - width) // 2
+            mask[top : top + height, left : left + width] = shape.resize((width, height), Image.Resampling.BICUBIC)
     masks.flags.writeable = False
     return masks
-
-
-def _font_file() -> str:
-    return str(registry.fetch("emoji") / "NotoEmoji[wght].ttf")
 
 
 @functools.cache
@@ -235,14 +234,16 @@ def _charmap() -> frozenset[int]:
     """Code points that the font has a drawing of."""
     from matplotlib.ft2font import FT2Font  # Pillow does not say which characters a font has
 
-    return frozenset(FT2Font(_font_file()).get_charmap())
+    with registry.reading("emoji") as folder:
+        return frozenset(FT2Font(str(folder / _FONT)).get_charmap())
 
 
 @functools.lru_cache(maxsize=4)
 def _font(pixels: int, weight: int) -> ImageFont.FreeTypeFont:
     # Every build of Pillow has the basic layout, but not the other one; both place single glyphs in the same way.
-    font = ImageFont.truetype(_font_file(), pixels, layout_engine=ImageFont.Layout.BASIC)
-    font.set_variation_by_axes([weight])
+    with registry.reading("emoji") as folder:
+        font = ImageFont.truetype(folder / _FONT, pixels, layout_engine=ImageFont.Layout.BASIC)
+        font.set_variation_by_axes([weight])
     return font
 
 

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageOps
 from ftkit.data.pairs import Pairs
 from ftkit.data.tables import read_table
 from ftkit.data.text_readers import choose_columns, load_hub_splits, usual_column
-from ftkit.errors import DataError
+from ftkit.errors import DataError, in_brief
 
 _FILE_NAMES = ("file", "filename", "file_name", "image", "picture", "path")
 
@@ -114,11 +114,10 @@ _PROBLEMS = {
 
 def _note(problems: dict[str, list[str]], size: int) -> list[str]:
     """Describe each problem with its count and up to three names."""
-    notes = []
-    for problem, names in problems.items():
-        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        notes.append(f"{len(names):,} {_PROBLEMS[problem].format(size=size)} left out: {shown}")
-    return notes
+    return [
+        f"{len(names):,} {_PROBLEMS[problem].format(size=size)} left out: {in_brief(names)}"
+        for problem, names in problems.items()
+    ]
 
 
 class _Files:
@@ -261,7 +260,7 @@ def _captions_file(folder: Path, captions: str | Path | None) -> Path:
     names = ", ".join(path.name for path in tables)
     raise DataError(
         f"{folder} has {len(tables)} .csv files ({names}): keep only the one with the captions there, or name it with "
-        "`captions=` of `load_images`."
+        "`captions=` (in a run of lesson 06: `-p captions=FILE`)."
     )
 
 

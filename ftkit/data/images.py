@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from ftkit.data import emoji
+from ftkit.data.assets import registry
 from ftkit.data.emoji import Ink
 from ftkit.data.image_readers import read_folder, read_hub_images
 from ftkit.data.pairs import Pairs
-from ftkit.data.text import HUB_ID
 from ftkit.errors import DataError
 
 _SHARES = {"validation": 0.1, "test": 0.2}  # of the training images, if the source has no such split
@@ -89,7 +89,8 @@ def load_images(
         if Path(source).is_dir():
             pairs, notes = read_folder(Path(source), captions, size=size, image=image, caption=caption)
             published = {"train": pairs}
-        elif isinstance(source, str) and HUB_ID.fullmatch(source):
+        elif isinstance(source, str) and registry.HUB_ID.fullmatch(source):
+            _refuse(source, captions=captions)
             published, notes = read_hub_images(source, size=size, image=image, caption=caption)
         else:
             raise DataError(f"'{source}' is neither 'emoji' nor a folder nor a hub id (owner/name): check the path.")

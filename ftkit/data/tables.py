@@ -14,7 +14,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from ftkit.errors import DataError, first_line
+from ftkit.errors import DataError, first_line, in_brief
 
 FILE_TYPES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".xlsx")  # each of them also as .gz
 
@@ -30,7 +30,7 @@ _Table = tuple[pd.DataFrame, list[str]]  # the table and notes on it
 
 _ZIP = b"PK\x03\x04"  # every .xlsx file is a ZIP archive
 
-_NO_TABLES = {  # the first bytes of files that hold no table that can be read, in lower case: what it is, what to do
+NO_TABLES = {  # the first bytes of files that hold no table that can be read, in lower case: what it is, what to do
     b"\xd0\xcf\x11\xe0": ("an old Excel file (.xls) or one with a password", "save it as .xlsx without a password"),
     b"bzh91ay&sy": ("compressed with bzip2", "unpack it"),
     b"\xfd7zxz": ("compressed with xz", "unpack it"),
@@ -50,13 +50,15 @@ _MARKS = {  # UTF-32 first, because its mark begins with that of UTF-16
     codecs.BOM_UTF16_BE: "utf-16",
 }
 
-_SEPARATOR_LINE = re.compile(r'"?sep=(\\t|[^"\r\n])"?\r?\n', re.IGNORECASE)  # Excel writes and reads it
+SEPARATOR_LINE = re.compile(r'"?sep=(\\t|[^"\r\n])"?\r?\n', re.IGNORECASE)  # Excel writes and reads it
 
-_BLANK_QUOTE = re.compile(' +"')
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+
+BLANK_QUOTE = re.compile(' +"')
 
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # what is left of an emoji that was cut in two (a lone surrogate)
 
-_JSON = re.compile(r'\s*(\[\s*)?\{\s*"')  # no header of a delimited file begins like this
+JSON_START = re.compile(r'\s*(\[\s*)?\{\s*"')  # no header of a delimited file begins like this
 
 
 def read_table(path: Path) -> tuple[pd.DataFrame, list[str]]:
@@ -82,7 +84,7 @@ def read_table(path: Path) -> tuple[pd.DataFrame, list[str]]:
     if not content.strip():
         raise DataError(f"{path} is empty: it needs a row for each text.")
     start = content[:600].lstrip().lower()
-    for beginning, (what, cure) in _NO_TABLES.items():
+    for beginning, (what, cure) in NO_TABLES.items():
         if start.startswith(beginning):
             raise DataError(f"{path} is {what}, whatever its name says: {cure}.")
     if content[257:262] == b"ustar":
@@ -95,8 +97,9 @@ def read_table(path: Path) -> tuple[pd.DataFrame, list[str]]:
         raise DataError(f"{path} is not {what}, whatever its name says: check the file.")
     else:
         text, said = _decode(path, content)
+        del content  # a second copy of a large file
         if suffix in (".csv", ".tsv"):
-            kind, read = (".json", _read_json) if _JSON.match(text) else (suffix, _read_delimited)
+            kind, read = (".json", _read_json) if JSON_START.match(text) else (suffix, _read_delimited)
         else:
             kind, read = suffix, _read_json
         table, more = read(path, text)
@@ -132,7 +135,7 @@ def _read_excel(path: Path, content: bytes) -> _Table:
     if "xl/workbook.xml" not in members:
         what = "an OpenDocument file" if "content.xml" in members else "a ZIP archive"
         cure = "save it as .xlsx or .csv" if "content.xml" in members else "unpack it and give one of its files"
-        raise DataError(f"{path} is {what} (it holds {', '.join(members[:3])}): {cure}.")
+        raise DataError(f"{path} is {what} (it holds {in_brief(members)}): {cure}.")
     try:
         with warnings.catch_warnings(action="ignore"), pd.ExcelFile(io.BytesIO(content), engine="openpyxl") as book:
             names = [str(name) for name in book.sheet_names]
@@ -191,12 +194,12 @@ def _read_delimited(path: Path, text: str) -> _Table:
     """Read rows of delimited fields."""
     csv.field_size_limit(2**31 - 1)  # the default limit of 128 KiB is too small for some texts
     first, notes = 1, []
-    if said := _SEPARATOR_LINE.match(text):
+    if said := SEPARATOR_LINE.match(text):
         delimiter = said[1].replace("\\t", "\t")
         text, first = text[said.end() :], 2
         notes.append(f"the first line, {said[0].strip()!r}, left out")
     else:
-        delimiter = _guess_delimiter(text, usual="\t" if ".tsv" in path.suffixes else ",")
+        delimiter = guess_delimiter(text, usual="\t" if ".tsv" in path.suffixes else ",")
     if delimiter != ",":
         notes.append(f"fields separated by {delimiter!r}")
     parse = functools.partial(_parse, path, text, first, delimiter)
@@ -205,7 +208,7 @@ def _read_delimited(path: Path, text: str) -> _Table:
     except DataError as error:
         table, problem = None, error
     # In `a, "b, c"` a quotation mark behind a blank is meant to quote.
-    if re.search(re.escape(delimiter) + ' +"', text) and (table is None or _any_field(table, _BLANK_QUOTE.match)):
+    if re.search(re.escape(delimiter) + ' +"', text) and (table is None or _any_field(table, BLANK_QUOTE.match)):
         with suppress(DataError):
             closer = parse(skipinitialspace=True)
             if table is None or not closer.equals(table):
@@ -224,7 +227,7 @@ def _any_field(table: pd.DataFrame, check: Callable[[str], object]) -> bool:
     return any(check(field) for _, column in table.items() for field in column)
 
 
-def _guess_delimiter(text: str, usual: str) -> str:
+def guess_delimiter(text: str, usual: str) -> str:
     """Return the delimiter that cuts the header into several fields, and most of the first rows into as many.
 
     Where two do so equally well, the usual one of the kind of file is taken.
@@ -240,7 +243,7 @@ def _guess_delimiter(text: str, usual: str) -> str:
 
 def _parse(path: Path, text: str, first: int, delimiter: str, **options: Any) -> pd.DataFrame:
     """Cut the text, which starts at line ``first`` of the file, into rows of as many fields as the header has."""
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, **options)
+    lines = csv.reader(_lines(text), delimiter=delimiter, strict=True, **options)
     rows, start = [], first
     try:
         for row in lines:
@@ -263,18 +266,32 @@ def _parse(path: Path, text: str, first: int, delimiter: str, **options: Any) ->
     return _frame(rows[0], rows[1:])
 
 
+def _lines(text: str) -> Iterator[str]:
+    """Lines with their ends, as StringIO gives them, which holds a copy of four bytes for each character."""
+    return (line[0] for line in _LINE.finditer(text))
+
+
 def _frame(header: Iterable[Any], rows: list[list[Any]]) -> pd.DataFrame:
-    """Make a table; a column without a name is called by its number."""
+    """Make a table of a header and its rows."""
+    return pd.DataFrame(rows, columns=column_names(header), dtype=object)
+
+
+def column_names(header: Iterable[Any]) -> list[str]:
+    """Return the names of a header's columns; one without a name is called by its number."""
     names = ["" if name is None else str(name).strip() for name in header]
-    names = [name or f"column_{number}" for number, name in enumerate(names, start=1)]
-    return pd.DataFrame(rows, columns=names, dtype=object)
+    return [name or f"column_{number}" for number, name in enumerate(names, start=1)]
 
 
 def _read_json(path: Path, text: str) -> _Table:
     """Read JSON in a form that pandas writes, or one object per line."""
     try:
-        document, halves = _load_json(text)
+        document, halves = load_json(text)
         table, where = _table_of_json(path, document), f"{halves} place{'s' * (halves != 1)}"
+        if table is None and "\n" in text.strip():
+            raise DataError(
+                f"{path} is one JSON document, but no table ({json.dumps(document)[:60]}): write a list with an object "
+                "for each row."
+            )
     except json.JSONDecodeError as error:
         table = None
         if re.match(r"\s*(\[|\{\s*\n)", text):  # one document, not a line for each row
@@ -288,7 +305,7 @@ def _read_json(path: Path, text: str) -> _Table:
     return table, [f"half an emoji replaced by '\ufffd' in {where}"] if halves else []
 
 
-def _load_json(text: str) -> tuple[Any, int]:
+def load_json(text: str) -> tuple[Any, int]:
     """Parse JSON; replace half characters, which no UTF-8 can hold, and return how many there were."""
     value = json.loads(text)
     if not re.search(r"\\u[dD]", text):
@@ -309,7 +326,17 @@ def _table_of_json(path: Path, value: Any) -> pd.DataFrame | None:
                 ) from None
         value = value["data"]  # "table"
     if isinstance(value, list):  # "records"
-        return pd.DataFrame(value, dtype=object) if all(isinstance(row, dict) for row in value) else None
+        number, other = next(((i, row) for i, row in enumerate(value, 1) if not isinstance(row, dict)), (0, None))
+        if number and isinstance(other, list):
+            raise DataError(
+                f"Row {number} of {path} is a list without names of columns, as pandas writes it with orient='values': "
+                "write the table with orient='records'."
+            )
+        if number:
+            raise DataError(
+                f"Row {number} of {path} is no JSON object ({json.dumps(other)[:60]}): write an object for each row."
+            )
+        return pd.DataFrame(value, dtype=object)
     parts = list(value.values()) if isinstance(value, dict) else []
     if parts and all(isinstance(part, dict) for part in parts):  # assume more rows than columns
         orient = "index" if len(parts) > len(parts[0]) else "columns"
@@ -326,7 +353,7 @@ def _read_lines(path: Path, text: str) -> tuple[list[dict[str, Any]], list[int]]
         if not line.strip():
             continue
         try:
-            row, halves = _load_json(line)
+            row, halves = load_json(line)
             mended += [number] if halves else []
         except json.JSONDecodeError as error:
             row = f"{error.msg} at column {error.colno}"
@@ -334,8 +361,3 @@ def _read_lines(path: Path, text: str) -> tuple[list[dict[str, Any]], list[int]]
             raise DataError(f"Line {number} of {path} is no JSON object ({str(row)[:60]}): write one object per line.")
         rows.append(row)
     return rows, mended
-
-
-def in_brief(items: Sequence[object]) -> str:
-    """Return the first three items, and how many more there are, in words."""
-    return ", ".join(map(str, items[:3])) + (f" and {len(items) - 3:,} more" if len(items) > 3 else "")

@@ -1,35 +1,44 @@
 """Classified texts as train, validation and test splits, cleaned and tokenised."""
 
+import gc
+import hashlib
 import math
-import re
+import os
+import tempfile
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
+import pyarrow as pa
+from datasets.arrow_writer import ArrowWriter
+from numpy.typing import NDArray
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ftkit.data import text_readers
 from ftkit.data.assets import registry
-from ftkit.data.tables import FILE_TYPES, in_brief
+from ftkit.data.scratch import scratch_folder
+from ftkit.data.tables import FILE_TYPES
 from ftkit.data.text_readers import SPLITS
-from ftkit.errors import DataError, did_you_mean
+from ftkit.errors import DataError, did_you_mean, first_line, in_brief
 
 _SHARES = {"test": 0.2, "validation": 0.1}  # of the rows of each class, if the source has no such split
 
 _MAX_CLASSES = 200
-
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
 
 _FILE_SUFFIXES = {*FILE_TYPES, ".txt", ".xls", ".ods", ".zip", ".gz"}
 
 _MISSING = {"nan", "na", "n/a", "#n/a", "<na>", "nat", "null", "none"}  # how programs write a missing value
 
 _MAX_UNKNOWN = 0.05  # share of unknown tokens that is worth a word
+
+_BATCH = 1000  # texts tokenised at a time
+
+_MAX_ROWS_IN_MEMORY = 50_000  # of a tokenised split; a larger one is kept in a file
 
 
 def load_text(
@@ -66,7 +75,7 @@ def load_text(
 
     Raises:
         DataError: the data cannot be used as asked.
-        AssetError: the asset cannot be fetched.
+        AssetError: the asset cannot be fetched or read.
     """
     table, notes, card = _read(source, text, label)
     try:
@@ -74,8 +83,12 @@ def load_text(
         table, names, said, incomplete = _clean(table, str(source))
         table, served = _published_splits(table, str(source))
         table, repeated = _deduplicate(table)
-        splits, small = _split(table, names, np.random.default_rng(seed), str(source))
+        splits, small = _split(table[["label", "split"]], names, np.random.default_rng(seed), str(source))
     except DataError as error:
+        if source in registry.names() and not (
+            Path(source).is_file() or text or label
+        ):  # its files are known to be good
+            raise registry.unreadable(source, error) from None
         raise _with_guesses(error, notes) from None
     dropped = ", ".join(incomplete + repeated)
     notes += [*repaired, *said, *served, *([f"dropped {dropped}"] if dropped else []), *small]
@@ -97,7 +110,7 @@ def _read(source: str | Path, text: str | None, label: str | None) -> text_reade
         return text_readers.read_file(path, text, label)
     if source in registry.names():
         return text_readers.read_asset(source, text, label)
-    if HUB_ID.fullmatch(source):
+    if registry.HUB_ID.fullmatch(source):
         return text_readers.read_hub(source, text, label)
     raise DataError(
         f"'{source}' is neither a file nor an asset nor a hub id (owner/name): "
@@ -167,7 +180,7 @@ def _clean(table: pd.DataFrame, source: str) -> tuple[pd.DataFrame, list[str], l
     if isinstance(table["label"].dtype, pd.CategoricalDtype):  # keep the order of a published model's outputs
         names = [name for name in dict.fromkeys(_strings(table["label"].cat.categories.to_series())) if name]
     else:
-        names = _sort_names(set(labels) - {""})
+        names = sort_names(set(labels) - {""})
     if len(names) > _MAX_CLASSES or len(names) == (~no_label).sum() > 2:
         raise DataError(
             f"The labels of {source} have {len(names):,} distinct values in {len(table):,} rows, so they look like "
@@ -187,7 +200,7 @@ def _strings(column: pd.Series) -> list[str]:
     return [str(value).strip() for value in whole]
 
 
-def _sort_names(names: set[str]) -> list[str]:
+def sort_names(names: set[str]) -> list[str]:
     """Numbers in their order, then the others in theirs; "nan" is one of these, as it has no place among numbers."""
 
     def key(name: str) -> tuple[bool, float, str]:
@@ -218,7 +231,7 @@ def _doubtful_classes(labels: list[str], names: list[str]) -> list[str]:
     """Name and count classes that may be one class, or none."""
     counts, alike = Counter(labels), defaultdict(dict)
     for name in names:
-        alike[_folded(name)][name] = counts[name]
+        alike[folded(name)][name] = counts[name]
     variants = [" / ".join(_counted(group)) for group in alike.values() if len(group) > 1]
     missing = {name: counts[name] for name in names if name.casefold() in _MISSING}
     notes = []
@@ -235,7 +248,7 @@ def _doubtful_classes(labels: list[str], names: list[str]) -> list[str]:
     return notes
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
     """The same string for names that a person may take for one."""
     name = unicodedata.normalize("NFKC", name).casefold()
     name = "".join(character for character in name if character.isprintable() and not character.isspace())
@@ -348,6 +361,10 @@ def encode(
     If more than 5 % of the tokens are unknown to the model, print that share too, and how many different texts became
     equal because of it.
 
+    Splits of more than 50,000 rows are kept in files, which are read as they are needed and removed when this process
+    ends: in the folder ``scratch`` of the cache (``FTKIT_CACHE``), or, if the cache is read-only, in the folder for
+    temporary files. Smaller ones are kept in memory. Of a part of a split (``take``) only that part is read.
+
     Args:
         splits: data sets with a column of texts and the column `label`.
         tokenizer: tokenizer of the model that will read the texts.
@@ -359,52 +376,124 @@ def encode(
         `attention_mask`, …) and `labels`.
 
     Raises:
-        DataError: a column or a text is missing, or the model cannot read `max_length` tokens.
+        DataError: a column or a text is missing, a split has no rows, the model cannot read `max_length` tokens, or
+            the disk is full.
     """
     most = tokenizer.model_max_length
     if max_length > most:
         raise DataError(f"max_length={max_length} is more than the {most} tokens that the model reads: lower it.")
-    encoded, cut, all_texts, all_ids = {}, [], [], []
+    encoded, cut = {}, []
     for name, split in splits.items():
         for column in (text, "label"):
             if column not in split.column_names:
                 have = ", ".join(split.column_names)
                 raise DataError(f"The split '{name}' has no column '{column}', only {have}: name or rename one.")
-        texts = _texts(split, text, name)
-        columns = dict(tokenizer(texts, truncation=True, max_length=max_length))
-        all_texts += texts
-        all_ids += columns["input_ids"]
-        full = [t for t, ids in zip(texts, columns["input_ids"], strict=True) if len(ids) == max_length]
-        whole = tokenizer(full, verbose=False)["input_ids"] if full else []
-        longer = sum(len(ids) > max_length for ids in whole)
-        cut += [f"{longer:,} of {len(texts):,} {name}"] if longer else []
-        columns = datasets.Dataset.from_dict(columns)
-        encoded[name] = columns.add_column("labels", list(split["label"]), feature=split.features["label"])
+        if not len(split):
+            raise DataError(f"The split '{name}' has no rows: leave it out.")
+        rows, longer = _tokenize(split, tokenizer, max_length, text, name)
+        cut += [f"{longer:,} of {len(split):,} {name}"] if longer else []
+        labels = split["label"][:]
+        numbers = np.asarray(labels)  # of which datasets takes a fingerprint much faster than of a list
+        labels = numbers if numbers.dtype.kind == "i" else labels
+        encoded[name] = rows.add_column("labels", labels, feature=split.features["label"])
     if cut:
         print(f"texts cut at {max_length} tokens: {', '.join(cut)}")
-    _report_unknown(all_texts, all_ids, tokenizer)
+    _report_unknown(splits, encoded, tokenizer, text)
     return datasets.DatasetDict(encoded)
 
 
-def _report_unknown(texts: Sequence[str], encoded: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> None:
+def _tokenize(
+    split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, column: str, name: str
+) -> tuple[datasets.Dataset, int]:
+    """Tokenise one split, batch by batch, into memory or a file; also return how many of its texts were cut."""
+    longer, path = 0, None
+    try:
+        if len(split) > _MAX_ROWS_IN_MEMORY:
+            handle, path = tempfile.mkstemp(".arrow", dir=scratch_folder())
+            os.close(handle)
+        with pa.BufferOutputStream() if path is None else pa.OSFile(path, "wb") as sink:
+            writer = ArrowWriter(stream=sink)
+            for texts in _texts(split, column, name):
+                with _no_search_for_cycles():
+                    columns = tokenizer(texts, truncation=True, max_length=max_length)
+                    longer += _count_longer(texts, columns, tokenizer, max_length)
+                    writer.write_batch(dict(columns))
+                    del columns
+            writer.finalize(close_stream=False)
+            if path is None:
+                return datasets.Dataset.from_buffer(sink.getvalue()), longer
+        return datasets.Dataset.from_file(path), longer
+    except BaseException as error:
+        if path is not None:
+            Path(path).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise DataError(
+                f"The {len(split):,} tokenised rows of '{name}' cannot be written to {registry.cache_dir()} "
+                f"({first_line(error)}): free space there, or set FTKIT_CACHE to a folder on another disk."
+            ) from None
+        raise
+
+
+@contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """Pause Python's garbage collector: to go through many new lists in vain takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _count_longer(
+    texts: Sequence[str], columns: BatchEncoding, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> int:
+    """Count the texts that were cut to ``max_length`` tokens, among those that have as many."""
+    full = [i for i, ids in enumerate(columns["input_ids"]) if len(ids) == max_length]
+    if columns.is_fast:
+        return sum(bool(columns.encodings[i].overflowing) for i in full)
+    whole = tokenizer([texts[i] for i in full], verbose=False)["input_ids"] if full else []
+    return sum(len(ids) > max_length for ids in whole)
+
+
+def _report_unknown(
+    splits: Mapping[str, datasets.Dataset],
+    encoded: Mapping[str, datasets.Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    column: str,
+) -> None:
     """Print the share of tokens that are unknown, without the special ones around a text, if it is above 5 %."""
     unknown = tokenizer.unk_token_id
     if unknown in (None, tokenizer.bos_token_id, tokenizer.eos_token_id):  # a tokenizer of bytes knows everything
         return
-    counts = [ids.count(unknown) for ids in encoded]
-    tokens = sum(map(len, encoded)) - len(tokenizer("")["input_ids"]) * len(encoded)
-    if sum(counts) <= _MAX_UNKNOWN * tokens:
+    chunks = [chunk for rows in encoded.values() for chunk in rows.data["input_ids"].chunks]
+    count = sum(np.count_nonzero(chunk.flatten().to_numpy() == unknown) for chunk in chunks)
+    tokens = sum(len(chunk.flatten()) for chunk in chunks)
+    tokens -= len(tokenizer("")["input_ids"]) * sum(map(len, encoded.values()))
+    if count <= _MAX_UNKNOWN * tokens:
         return
-    different = defaultdict(set)
-    for text, ids, count in zip(texts, encoded, counts, strict=True):
-        if count:
-            different[tuple(ids)].add(text)
+    different = defaultdict(set)  # digests, because a million rows would not fit into memory
+    for name, split in splits.items():
+        sequences = (ids for chunk in encoded[name].data["input_ids"].chunks for ids in _arrays(chunk))
+        texts = (text for batch in _texts(split, column, name) for text in batch)
+        for text, ids in zip(texts, sequences, strict=True):
+            if (ids == unknown).any():
+                different[_digest(ids.tobytes())].add(_digest(text.encode()))
     equal = sum(len(same) for same in different.values() if len(same) > 1)
     merged = f", and {equal:,} different texts became equal to another" if equal else ""
     print(
-        f"{sum(counts) / tokens:.0%} of the tokens are unknown to the model ({tokenizer.unk_token}){merged}: "
+        f"{count / tokens:.0%} of the tokens are unknown to the model ({tokenizer.unk_token}){merged}: "
         "take a model that knows this script"
     )
+
+
+def _arrays(chunk: pa.ListArray) -> list[NDArray[np.integer]]:
+    return np.split(chunk.flatten().to_numpy(), np.cumsum(chunk.value_lengths().to_numpy())[:-1])
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def shorten(
@@ -424,30 +513,39 @@ def shorten(
         DataError: a text is missing.
     """
     shortened, cut = {}, []
-    how = {"truncation": True, "max_length": max_length, "add_special_tokens": False}
     for name, split in splits.items():
-        texts = _texts(split, "text", name)
-        spans = tokenizer(texts, return_offsets_mapping=True, **how)["offset_mapping"]
-        if tokenizer.truncation_side == "left":
-            kept = [text[span[0][0] :] if span else text for text, span in zip(texts, spans, strict=True)]
-        else:
-            kept = [text[: span[-1][1]] if span else text for text, span in zip(texts, spans, strict=True)]
-        longer = sum(len(short) < len(text) for short, text in zip(kept, texts, strict=True))
-        cut += [f"{longer:,} of {len(texts):,} {name}"] if longer else []
-        columns = split.to_dict() | {"text": kept}
-        shortened[name] = datasets.Dataset.from_dict(columns, features=split.features, info=split.info)
+        longer, kept = 0, []
+        table = split.with_format("arrow")[:]
+        column = table.schema.get_field_index("text")
+        for texts in _texts(split, "text", name):
+            short = cut_texts(texts, tokenizer, max_length)
+            longer += sum(len(after) < len(before) for after, before in zip(short, texts, strict=True))
+            kept.append(pa.array(short, table.schema.field(column).type))
+        cut += [f"{longer:,} of {len(split):,} {name}"] if longer else []
+        table = table.set_column(column, table.schema.field(column), kept)
+        shortened[name] = datasets.Dataset(datasets.table.InMemoryTable(table), info=split.info.copy())
     if cut:
         print(f"texts cut after {max_length} tokens: {', '.join(cut)}")
     return datasets.DatasetDict(shortened)
 
 
-def _texts(split: datasets.Dataset, column: str, name: str) -> list[str]:
-    """A column of texts, after a check that it holds nothing else."""
-    texts = list(split[column])
-    wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise DataError(
-            f"In row {wrong} of the split '{name}' the text is {texts[wrong]!r}: leave out rows without text, and turn "
-            "other values into text."
-        )
-    return texts
+def cut_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[str]:
+    """Cut each text after ``max_length`` tokens, without special tokens, on the tokenizer's ``truncation_side``."""
+    how = {"truncation": True, "max_length": max_length, "add_special_tokens": False}
+    spans = tokenizer(list(texts), return_offsets_mapping=True, **how)["offset_mapping"]
+    if tokenizer.truncation_side == "left":
+        return [text[span[0][0] :] if span else text for text, span in zip(texts, spans, strict=True)]
+    return [text[: span[-1][1]] if span else text for text, span in zip(texts, spans, strict=True)]
+
+
+def _texts(split: datasets.Dataset, column: str, name: str) -> Iterator[list[str]]:
+    """A column of texts in batches, after a check that it holds nothing else."""
+    for start in range(0, len(split), _BATCH):
+        texts = list(split[column][start : start + _BATCH])
+        wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+        if wrong is not None:
+            raise DataError(
+                f"In row {start + wrong} of the split '{name}' the text is {texts[wrong]!r}: leave out rows without "
+                "text, and turn other values into text."
+            )
+        yield texts

@@ -21,15 +21,15 @@ from ftkit.errors import DataError, did_you_mean, first_line
 
 SPLITS = ("train", "validation", "test")
 
-_TEXT_NAMES = ("text", "sentence", "review", "content", "tweet", "comment", "document", "article", "message")
+TEXT_NAMES = ("text", "sentence", "review", "content", "tweet", "comment", "document", "article", "message")
 
-_LABEL_NAMES = ("label", "labels", "sentiment", "class", "category", "target", "topic", "intent", "stars")
+LABEL_NAMES = ("label", "labels", "sentiment", "class", "category", "target", "topic", "intent", "stars")
 
 _UNQUOTED = {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False, "encoding": "utf-8"}
 
 GUESSED = "(guessed: name another with"
 
-_MACHINE_MADE = re.compile(r"[!-~]*[\d/@_][!-~]*")  # a date, an address, an id, a_name_like_this
+_MACHINE_MADE = re.compile(r"(?=[^\d/@_]*[\d/@_])[!-~\d]+")  # a date, an address, an id, a_name_like_this
 
 _NO_LETTERS = re.compile(r"[\W\d_]+")
 
@@ -132,13 +132,14 @@ def read_asset(name: str, text: str | None = None, label: str | None = None) -> 
 
     Raises:
         DataError: the asset is of another kind, or a column is missing.
-        AssetError: the asset cannot be fetched.
+        AssetError: the asset cannot be fetched or read.
     """
     asset = registry.get(name)
     if name not in ASSET_READERS:
         usable = ", ".join(ASSET_READERS)
         raise DataError(f"The asset '{name}' is of kind {asset.kind}, not classified texts: take one of {usable}.")
-    table, notes = ASSET_READERS[name](registry.fetch(name))
+    with registry.reading(name) as folder:
+        table, notes = ASSET_READERS[name](folder)
     table, chosen = choose_columns(table, name, text, label)
     card = {"description": asset.description, "citation": asset.citation, "license": asset.licence}
     return table, notes + chosen, card
@@ -260,7 +261,7 @@ def choose_columns(
         if name is not None and name not in columns:
             raise DataError(f"{source} has no column '{name}': {did_you_mean(name, columns)} It has {have}.")
     twins = [name for name, count in Counter(columns).items() if count > 1]
-    if any(name in (text, label, "split") or usual_column((*_TEXT_NAMES, *_LABEL_NAMES), [name]) for name in twins):
+    if any(name in (text, label, "split") or usual_column((*TEXT_NAMES, *LABEL_NAMES), [name]) for name in twins):
         raise DataError(f"{source} has two columns of the same name in {have}: rename one.")
     notes = [f"columns '{name}' left out (several have this name)" for name in twins]
     table = table.drop(columns=twins)
@@ -268,10 +269,10 @@ def choose_columns(
     named = text is not None or label is not None
     if text is None:
         free = [column for column in columns if column not in (label, "split")]
-        free = [column for column in free if usual_column(_LABEL_NAMES, [column]) is None]
-        usual = usual_column(_TEXT_NAMES, free)
+        free = [column for column in free if usual_column(LABEL_NAMES, [column]) is None]
+        usual = usual_column(TEXT_NAMES, free)
         named |= usual is not None
-        text = usual or _most_letters(table[free].head(1000))
+        text = usual or most_letters(table[free].head(1000))
         if text is None:
             raise DataError(f"{source} has no column of texts: name one with `text=`, out of {have}.")
         notes += [f"texts from column '{text}' {GUESSED} text=)"] if text != "text" else []
@@ -279,7 +280,7 @@ def choose_columns(
         free = [column for column in columns if column not in (text, "split")]
         distinct = {column: table[column].map(str).nunique() for column in free}
         several = [column for column in free if distinct[column] > 1]
-        usual = usual_column(_LABEL_NAMES, free)
+        usual = usual_column(LABEL_NAMES, free)
         named |= usual is not None
         label = usual or min(several, key=distinct.get, default=None)
         if label is None:
@@ -297,7 +298,7 @@ def choose_columns(
     return table[["text", "label", *(c for c in table.columns if c not in ("text", "label"))]], notes
 
 
-def _most_letters(table: pd.DataFrame) -> str | None:
+def most_letters(table: pd.DataFrame) -> str | None:
     """Return the column whose strings have the most letters, among the most varied ones; None if none has letters."""
 
     def letters(value: object) -> int:

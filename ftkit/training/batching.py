@@ -34,7 +34,11 @@ def row_lengths(rows: Any) -> NDArray[np.int64]:
         return rows.lengths
     first = peek(rows)
     sequences = [key for key in ("input_ids", "attention_mask") if key in first]
-    return flat_column(rows, sequences[0])[1] if sequences else np.ones(len(rows), dtype=np.int64)
+    if not sequences:
+        return np.ones(len(rows), dtype=np.int64)
+    if (lengths := _arrow_lengths(_arrow_column(rows, sequences[0]))) is not None:
+        return lengths
+    return np.array([len(sequence) for sequence in read_column(rows, sequences[0])])
 
 
 @contextmanager
@@ -73,12 +77,19 @@ def flat_column(rows: Any, name: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     Returns:
         The numbers of all sequences, one after the other, and the lengths of the sequences, shape (N,).
     """
-    if (column := _arrow_column(rows, name)) is not None and not column.null_count:
-        lengths = pc.list_value_length(column).to_numpy().astype(np.int64)
+    column = _arrow_column(rows, name)
+    if (lengths := _arrow_lengths(column)) is not None:
         return pc.list_flatten(column).to_numpy(), lengths
     sequences = [np.asarray(sequence) for sequence in read_column(rows, name)]
     filled = [sequence for sequence in sequences if len(sequence)] or [np.empty(0, dtype=np.int64)]
     return np.concatenate(filled), np.array([len(sequence) for sequence in sequences])
+
+
+def _arrow_lengths(column: Any) -> NDArray[np.int64] | None:
+    """The lengths of the lists in a column of Arrow; None if it is None or lacks a list."""
+    if column is None or column.null_count:
+        return None
+    return pc.list_value_length(column).to_numpy().astype(np.int64)
 
 
 def _arrow_column(rows: Any, name: str) -> Any:
@@ -122,6 +133,8 @@ def evaluation_batches(lengths: NDArray[np.int64], batch_size: int) -> Iterator[
 
 def row_labels(rows: Any) -> list[Any]:
     """The class of each row, or the list of its token labels."""
+    if (column := _arrow_column(rows, "labels")) is not None:
+        return column.to_pylist()  # numbers and lists already
     return [np.asarray(label).tolist() for label in read_column(rows, "labels")]
 
 

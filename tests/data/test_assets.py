@@ -22,8 +22,12 @@ from pathlib import Path
 
 import pytest
 
+from ftkit.data import emoji
 from ftkit.data.assets import archives, registry
-from ftkit.errors import AssetError
+from ftkit.data.text import load_text
+from ftkit.errors import AssetError, ModelError
+from ftkit.models.efficientnet import EfficientNet
+from ftkit.models.loading import load_classifier, load_language_model
 
 REPOSITORY = Path(__file__).parents[2]
 WHEEL, SDIST, NESTED = "toy_wheel-1.0-py3-none-any.whl", "toy-sdist-1.0.tar.gz", "toy-nested-1.0.tar.gz"
@@ -478,7 +482,7 @@ def test_a_fetch_after_a_killed_one_starts_clean(toys: Toys, index: Index) -> No
 
 
 def test_every_asset_is_described() -> None:
-    optional = {"hub"}
+    optional = {"hub", "language"}
     for asset in registry.read_registry().values():
         for field in dataclasses.fields(asset):
             assert field.name in optional or getattr(asset, field.name), (asset.name, field.name)
@@ -575,3 +579,62 @@ def test_smollm2_is_the_dequantised_model() -> None:
     assert top.values.tolist() == pytest.approx([17.371, 14.889, 13.245, 13.009, 12.952], abs=2e-3)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     assert chat.endswith("<|im_start|>user\nHello<|im_end|>\n")
+
+
+NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")  # others are not always read
+
+DAMAGED = {
+    "movie-sentiment": lambda: load_text("movie-sentiment"),
+    "newsgroups": lambda: load_text("newsgroups"),
+    "airline-tweets": lambda: load_text("airline-tweets"),
+    "chinese-reviews": lambda: load_text("chinese-reviews"),
+    "emoji": lambda: emoji.draw(["\N{GRINNING CAT FACE WITH SMILING EYES}"]),
+    "efficientnet-lite0": EfficientNet,
+    "minilm": lambda: load_classifier("minilm", 2),
+    "smollm2": lambda: load_language_model("smollm2"),
+}
+
+
+@pytest.mark.parametrize("byte", [b"\xff", b"\0", b"{"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_asset_is_refused_with_what_to_do(
+    name: str, byte: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a library says of such a file, the reader learns how to check the files of all assets."""
+    for path in (file for file in real(name).rglob("*") if file.is_file()):
+        damaged = tmp_path / path.relative_to(real(name))
+        damaged.parent.mkdir(parents=True, exist_ok=True)
+        damaged.write_bytes(byte * 1000)
+    monkeypatch.setattr(registry, "fetch", lambda name, progress=True: tmp_path)
+    emoji._charmap.cache_clear()
+    try:
+        with pytest.raises(
+            (AssetError, ModelError), match="check its files with `ftkit assets --verify`, or s"
+        ) as told:
+            DAMAGED[name]()
+    finally:
+        emoji._charmap.cache_clear()
+    assert name in str(told.value)
+    assert re.fullmatch(r"[^\n]+\.", str(told.value))
+
+
+@pytest.mark.parametrize("name", ["minilm", "smollm2"])
+def test_each_damaged_file_of_a_model_is_refused_with_what_to_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [path for path in real(name).iterdir() if path.suffix in (".json", ".safetensors", ".txt")]
+    for path in files:
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.setattr(registry, "fetch", lambda name, progress=True: tmp_path)
+    for path in files:
+        (tmp_path / path.name).unlink()
+        (tmp_path / path.name).write_bytes(b"\xff" * 1000)
+        try:
+            DAMAGED[name]()
+        except (AssetError, ModelError) as error:
+            assert "check its files with `ftkit assets --verify`" in str(error), path.name
+            assert re.fullmatch(r"[^\n]+\.", str(error)), path.name
+        else:
+            assert path.name not in NEEDED, path.name
+        (tmp_path / path.name).unlink()
+        (tmp_path / path.name).symlink_to(path)

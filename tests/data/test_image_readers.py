@@ -99,7 +99,7 @@ def test_every_fault_is_reported_with_count_and_names(folder: Path, monkeypatch:
         "2 unreadable files left out: text.png, cut.png",
         "1 files of more than 50 megapixels left out: huge.png",
         "1 duplicate images (same pixels as an earlier file) left out: again.bmp",
-        "4 images of the folder without a caption left out: spare0.jpg, spare1.jpg, spare2.jpg, …",
+        "4 images of the folder without a caption left out: spare0.jpg, spare1.jpg, spare2.jpg and 1 more",
         "1 rows without a caption left out: whole.png",
         "1 repeated rows left out: a.png",
     ]
@@ -259,7 +259,7 @@ def test_advice_on_several_files_of_captions_can_be_followed_without_options(fol
     write(folder, "a.png,one", name="other.csv")
     with pytest.raises(DataError, match=r"\(captions.csv, other.csv\): keep only the one with the captions") as error:
         read_folder(folder)
-    assert "`captions=` of `load_images`" in str(error.value)
+    assert "`-p captions=FILE`" in str(error.value)
 
 
 def test_captions_may_be_in_a_spreadsheet_or_lines_of_json(folder: Path) -> None:

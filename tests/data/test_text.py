@@ -1,6 +1,7 @@
 """Loading, cleaning, splitting, encoding and padding of texts: real assets, and a tiny file for each fault."""
 
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -375,7 +376,7 @@ def test_the_order_of_classes_does_not_depend_on_the_process(tmp_path: Path) -> 
     names = text.load_text(write(tmp_path, csv_of(rows)))["train"].features["label"].names
     assert names == ["-inf", "0", "1", "2", "10", "nan", "x"]
     # the names come from a set, whose order differs from process to process
-    assert all(text._sort_names(order) == names for order in itertools.permutations(names))
+    assert all(text.sort_names(order) == names for order in itertools.permutations(names))
 
 
 @pytest.mark.parametrize(
@@ -495,7 +496,7 @@ def test_a_faulty_csv_file_is_refused(tmp_path: Path, fault: str) -> None:
             '{"text": "a", "label": 1}\n{"text": \n',
             "Line 2 of .* is no JSON object .Expecting value at column",
         ),
-        ("a.jsonl", '["a", 1]\n', r"Line 1 of .* is no JSON object \(\['a', 1\]\)"),
+        ("a.jsonl", '["a", 1]\n', r"Row 1 of .* is no JSON object \(.a.\)"),
         ("a.jsonl", "\n", "is empty"),
         ("a.jsonl", '{"a": 1, "b": 2}\n', "has no column of texts: name one with `text=`"),
         ("a.jsonl", '{"text": ["a"], "label": 1}\n', "texts of .* are lists or objects"),
@@ -660,3 +661,135 @@ def test_texts_are_cut_on_the_side_of_the_tokenizer(capsys: pytest.CaptureFixtur
     short = text.shorten({"train": rows_of(["A fine film, and long, too", "dull"])}, tokenizer, max_length=3)
     assert list(short["train"]["text"]) == ["long, too", "dull"]
     assert capsys.readouterr().out == "texts cut after 3 tokens: 1 of 2 train\n"
+
+
+# Many rows --------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A tokenizer that keeps what it is given."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self.batches = tokenizer, []
+
+    def __call__(self, texts: str | list[str], **options: object) -> object:
+        self.batches += [texts] if isinstance(texts, list) else []
+        return self.tokenizer(texts, **options)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.tokenizer, name)
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Every split counts as large; the folder for its file."""
+    monkeypatch.setattr(text, "_MAX_ROWS_IN_MEMORY", 0)
+    monkeypatch.setattr(text, "scratch_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def test_rows_in_a_file_are_those_in_memory(
+    tokenizer: PreTrainedTokenizerBase, on_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    splits = {split: load("chinese-reviews")[split].take(1200) for split in ("train", "test")}  # many unknown tokens
+    capsys.readouterr()  # what was read
+    stored = text.encode(splits, tokenizer, max_length=24)
+    said = capsys.readouterr().out
+    monkeypatch.setattr(text, "_MAX_ROWS_IN_MEMORY", 10**6)
+    kept = text.encode(splits, tokenizer, max_length=24)
+    assert "texts cut at 24" in said
+    assert capsys.readouterr().out == said
+    files = sorted(path.name for path in on_disk.iterdir())
+    assert sorted(Path(file["filename"]).name for rows in stored.values() for file in rows.cache_files) == files
+    assert len(files) == 2
+    for split in splits:
+        assert stored[split].to_dict() == kept[split].to_dict()
+        assert stored[split].features == kept[split].features
+        assert not kept[split].cache_files
+        # what the tokenizer and datasets make of all rows at once
+        whole = datasets.Dataset.from_dict(dict(tokenizer(splits[split]["text"][:], truncation=True, max_length=24)))
+        assert stored[split].remove_columns("labels").to_dict() == whole.to_dict()
+        assert stored[split].remove_columns("labels").features == whole.features
+
+
+def test_encode_holds_few_texts_at_once_and_reads_only_the_part_that_is_taken(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    counting = Counting(tokenizer)
+    rows = rows_of([f"good film {i}" for i in range(2500)] + [None])  # the last row can't be encoded
+    assert text.encode({"train": rows.take(2100)}, counting)["train"].num_rows == 2100
+    assert sum(map(len, counting.batches)) == 2100
+    assert max(map(len, counting.batches)) == 1000
+    with pytest.raises(DataError, match="In row 2500 of the split 'train' the text is None"):
+        text.encode({"train": rows}, counting)
+    with pytest.raises(DataError, match="In row 1 of the split 'train' the text is None"):
+        text.shorten({"train": rows.select([0, 2500])}, counting, max_length=5)
+
+
+def test_texts_are_counted_as_cut_as_if_they_were_tokenised_whole(
+    tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [" ".join(["good"] * n) for n in (5, 6, 7, 6, 8)]  # of 6 words and two special tokens none is cut
+    splits = {"train": rows_of(texts)}
+    text.encode(splits, tokenizer, max_length=8)
+    assert capsys.readouterr().out == "texts cut at 8 tokens: 2 of 5 train\n"
+    columns = tokenizer(texts, truncation=True, max_length=8)
+    slow = type("Slow", (dict,), {"is_fast": False})(columns)
+    assert text._count_longer(texts, slow, tokenizer, 8) == text._count_longer(texts, columns, tokenizer, 8) == 2
+
+
+def test_a_split_without_rows_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match="The split 'test' has no rows: leave it out"):
+        text.encode({"train": rows_of(["good"]), "test": rows_of(["good"]).take(0)}, tokenizer)
+
+
+def test_the_garbage_collector_is_left_as_it_was(tokenizer: PreTrainedTokenizerBase) -> None:
+    seen = []
+
+    def watched(texts: str | list[str], **options: object) -> object:
+        seen.append(gc.isenabled())
+        if texts == ["bad"]:
+            raise RuntimeError("broken")
+        return tokenizer(texts, **options)
+
+    counting = Counting(watched)
+    counting.model_max_length = 512
+    counting.unk_token_id = counting.bos_token_id = counting.eos_token_id = None
+    text.encode({"train": rows_of(["good"])}, counting)
+    with pytest.raises(RuntimeError, match="broken"):
+        text.encode({"train": rows_of(["bad"])}, counting)
+    assert (seen, gc.isenabled()) == ([False, False], True)
+    gc.disable()
+    try:
+        text.encode({"train": rows_of(["good"])}, counting)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_an_error_leaves_no_file(tokenizer: PreTrainedTokenizerBase, on_disk: Path) -> None:
+    rows = rows_of(["good"] * 1500 + [None])
+    with pytest.raises(DataError, match="In row 1500"):
+        text.encode({"train": rows}, tokenizer)
+    assert list(on_disk.iterdir()) == []
+
+
+def test_a_full_disk_is_one_sentence(tokenizer: PreTrainedTokenizerBase, on_disk: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # a write beyond it fails as on a full disk
+    try:
+        with pytest.raises(DataError, match=r"^The 1,500 tokenised rows of 'train' cannot be written to .*FTKIT_CACHE"):
+            text.encode({"train": rows_of(["good film"] * 1500)}, tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(on_disk.iterdir()) == []
+
+
+def test_shorten_keeps_columns_in_their_place(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = load("movie-sentiment")["test"].shuffle(seed=0).take(30)
+    short = text.shorten({"test": rows}, tokenizer, max_length=4)["test"]
+    assert short.features == rows.features
+    assert short.info.citation == rows.info.citation
+    assert short.remove_columns("text").to_dict() == rows.remove_columns("text").to_dict()
+    assert all(whole.startswith(part) for part, whole in zip(short["text"], rows["text"], strict=True))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from patience import run_to_the_end
 from tiny_texts import ROWS, csv_of, write
 
 from ftkit.data import text
@@ -82,6 +83,19 @@ def test_twin_columns_are_left_out_unless_they_are_needed(tmp_path: Path, capsys
     assert "columns 'note' left out (several have this name)" in capsys.readouterr().out
     with pytest.raises(DataError, match="two columns of the same name in 'text', 'label', 'note', 'note': rename one"):
         text.load_text(path, label="note")
+
+
+def test_a_cell_of_a_million_characters_is_guessed_in_time_that_grows_with_it() -> None:
+    """One word, such as a picture in base64 or a number, with a character at its end that makes it no such word."""
+    code = """
+import pandas as pd
+from ftkit.data.text_readers import choose_columns
+for word in ("1", "a", "_", "/a", "@", " "):
+    cells = [word * (1_000_000 // len(word)) + "\\N{SNOWMAN}" + str(i) for i in range(2)]
+    table = pd.DataFrame({"words": ["a good film", "a bad film"], "blob": cells, "kind": ["x", "y"]})
+    print(choose_columns(table, "a table", None, "kind")[1])
+"""
+    assert len(run_to_the_end(code).splitlines()) == 6
 
 
 # Bytes ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tomllib
@@ -19,9 +20,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from ftkit.data.assets.archives import Archive, contents, download
-from ftkit.errors import AssetError, did_you_mean, first_line
+from ftkit.errors import AssetError, DataError, did_you_mean, first_line
 
 _ASSETS_FILE = Path(__file__).with_name("assets.toml")
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")  # owner/name or, for a data set, owner/name:config
+
+CHECK_FILES = "check its files with `ftkit assets --verify`, or set FTKIT_CACHE to a new folder and fetch it again"
 
 _INTRO = """\
 # Models and data
@@ -50,6 +55,7 @@ class Asset:
     flaws: str
     citation: str
     hub: str | None = None  # the same model or source on the Hugging Face hub
+    language: str | None = None  # of its texts, by ISO 639-1
 
 
 @functools.cache
@@ -126,6 +132,33 @@ def fetch(name: str, progress: bool = True) -> Path:
         except OSError as error:
             raise AssetError(f"The asset {name!r} {problem}, and {_advice(error, asset.archive)}.") from None
     return entry / name
+
+
+@contextmanager
+def reading(name: str) -> Iterator[Path]:
+    """Fetch an asset, and turn the errors of a library that reads its files into one that says how to check them.
+
+    Args:
+        name: an asset of the registry.
+
+    Yields:
+        The folder with the asset's files.
+
+    Raises:
+        AssetError: as for ``fetch``; or the files are read in the ``with`` block and cannot be.
+    """
+    folder = fetch(name)
+    try:
+        yield folder
+    except (AssetError, DataError):
+        raise
+    except Exception as error:  # libraries raise errors of many types on damaged files
+        raise unreadable(name, error) from error
+
+
+def unreadable(name: str, error: Exception) -> AssetError:
+    """The error of an asset whose files are there, but are not as they should be."""
+    return AssetError(f"The asset {name!r} cannot be read ({first_line(error).rstrip('.')}): {CHECK_FILES}.")
 
 
 def verify(name: str) -> str | None:
