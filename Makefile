@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 LOCK := requirements.lock
 
-.PHONY: help setup report test check lint lab bench lock
+.PHONY: help setup report test check lint lab course bench lock
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -39,8 +39,11 @@ lint: $(STAMP)  ## ruff over modules, tests, benchmarks and notebooks
 lab: $(STAMP)  ## JupyterLab in notebooks/
 	@$(BIN)/jupyter lab --notebook-dir notebooks
 
+course: $(STAMP)  ## editions for students, instructors and nbgrader, in build/course
+	@$(BIN)/ftkit course build build/course
+
 bench: $(STAMP)  ## every benchmark, one after the other; leave the machine idle
-	@for script in benchmarks/{startup,fit_vs_trainer,feature_cache,prompt_scoring,continual,clip,lab_bench,notebooks}.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/{startup,fit_vs_trainer,feature_cache,prompt_scoring,continual,clip,lab_bench,scale,notebooks}.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 # torch brings the CUDA packages that fit it where pip finds its CUDA build: they are not ours to pin.
 lock:  ## resolve requirements.lock anew from pyproject.toml (needs uv)

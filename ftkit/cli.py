@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 from ftkit import TIERS, __version__
 
+_SCHEDULER = "run on a dask.distributed cluster, whose scheduler is at ADDRESS (tcp://host:port)"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command ``ftkit``.
@@ -48,7 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "-h", "--help", action=_RunHelp, nargs=0, help="show this help; after NOTEBOOK also list its parameters"
     )
-    run.add_argument("notebook", help="name (01_full_fine_tuning) or path of the notebook")
+    run.add_argument(
+        "notebook",
+        nargs="?",
+        help="name (01_full_fine_tuning) or path of the notebook; not needed with --settings",
+    )
     run.add_argument(
         "-p",
         "--parameter",
@@ -61,12 +67,26 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--tier",
         choices=TIERS,
-        default=os.environ.get("FTKIT_TIER", "cpu"),
-        help="size of the run (default: %(default)s)",
+        help=f"size of the run (default: that of --settings, else {os.environ.get('FTKIT_TIER', 'cpu')})",
     )
+    run.add_argument(
+        "--settings", metavar="FILE", help="take notebook, tier and parameters from a YAML file; -p and --tier win"
+    )
+    run.add_argument(
+        "--save", metavar="FILE", help="write what runs to a YAML file for --settings, then run it; overwrites nothing"
+    )
+    run.add_argument("--keep", action="store_true", help="keep the best model, in DIR/<run id>/model/; as -p keep=true")
     run.add_argument("--out", default="runs", metavar="DIR", help="write to DIR/<run id>/ (default: %(default)s)")
     run.add_argument("--html", action="store_true", help="also write report.html")
-    run.add_argument("--jobs", type=_count, default=1, metavar="N", help="parallel runs of a grid (default: 1)")
+    run.add_argument(
+        "--track",
+        metavar="TRACKER",
+        help="also record losses, rates and scores with tensorboard (in DIR/<run id>/tracking/), wandb, mlflow or "
+        "trackio; runs of a grid that are done are not repeated for it",
+    )
+    where = run.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=_count, default=1, metavar="N", help="parallel runs of a grid (default: 1)")
+    where.add_argument("--scheduler", metavar="ADDRESS", help=_SCHEDULER)
     run.set_defaults(command=_run)
 
     compare = commands.add_parser("compare", help="compare the runs in a folder")
@@ -89,7 +109,46 @@ def _parser() -> argparse.ArgumentParser:
         type=_parameter,
         help="run only these rows, for example lr=1e-4 seed=0,1; give it after NAME",
     )
+    study.add_argument("--scheduler", metavar="ADDRESS", help=_SCHEDULER)
     study.set_defaults(command=_study)
+
+    predict = commands.add_parser("predict", help="classify the texts of a file with a kept model")
+    predict.add_argument("folder", metavar="DIR", help="folder of the model, such as runs/<run id>/model")
+    predict.add_argument(
+        "file",
+        metavar="FILE",
+        nargs="?",
+        default="-",
+        help="CSV, TSV, JSON, JSON Lines, Parquet or Excel file, also .gz; without it, or -, one text a line on stdin",
+    )
+    predict.add_argument("-o", "--out", metavar="CSV", help="write to this file (default: stdout)")
+    predict.add_argument("--text", metavar="COLUMN", help="column of the texts (default: guessed)")
+    predict.add_argument("--label", metavar="COLUMN", help="column of the labels (default: guessed; it may be missing)")
+    predict.add_argument(
+        "--among",
+        metavar="DIR_OR_FILE",
+        help="for two towers: find the nearest in this folder of images with captions, or this file of captions",
+    )
+    predict.set_defaults(command=_predict)
+
+    serve = commands.add_parser("serve", help="try a kept model by hand, on a page of this machine")
+    serve.add_argument("folder", metavar="DIR", help="folder of the model, such as runs/<run id>/model")
+    serve.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0 for any that is free")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, only this machine)"
+    )
+    serve.set_defaults(command=_serve)
+
+    course = commands.add_parser("course", help="make the editions for students, instructors and nbgrader")
+    course.add_argument("action", choices=["build"], help="what to do")
+    course.add_argument("out", metavar="OUT", help="folder for student, instructor and nbgrader")
+    course.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="names or paths (default: all lessons)")
+    course.add_argument(
+        "--no-reference",
+        action="store_true",
+        help="for graded labs: a lesson stops at a wrong answer instead of going on with the reference",
+    )
+    course.set_defaults(command=_course)
 
     fetch = commands.add_parser("fetch", help="download models and data")
     fetch.add_argument("names", nargs="*", metavar="NAME", help="an asset, or a notebook for all assets that it needs")
@@ -140,14 +199,37 @@ def _run(arguments: argparse.Namespace) -> int:
     from ftkit.lab.results import format_table
     from ftkit.lab.runs import comparison, grid, notebooks
 
-    notebook = notebooks.find_notebook(arguments.notebook)
-    where = {"tier": arguments.tier, "out": arguments.out}
-    planned = grid.plan(notebook, grid.each_once(arguments.parameter), tier=arguments.tier)
+    notebook, tier, axes = _what_runs(arguments)
+    where = {"tier": tier, "out": arguments.out}
+    notebooks.check_tracker(arguments.track)
+    if arguments.track and arguments.scheduler:
+        raise ValueError("A cluster does not track its runs: leave --track out, or give --jobs instead of --scheduler.")
+    planned = grid.plan(notebook, axes, tier=tier)
+    if os.environ.get("WORLD_SIZE", "1") != "1" and (len(planned) > 1 or arguments.scheduler):
+        raise ValueError(
+            f"`accelerate launch` has started this in several processes, and it is a grid of {len(planned)}: launch "
+            "each run by itself, without --scheduler."
+        )
+    if arguments.save:
+        one = {name: values[0] for name, values in axes.items() if len(values) == 1}
+        several = {name: values for name, values in axes.items() if len(values) > 1}
+        given = one if "tier" in several else {"tier": tier, **one}
+        _write_new(Path(arguments.save), notebooks.settings_text(notebook, given, several))
     notebooks.make_out_folder(arguments.out)
-    chosen = {value for job in planned for value in job.parameters.values() if isinstance(value, str)}
-    _fetch_assets([*notebooks.assets_of(notebook), *chosen.intersection(registry.names())])
-    if len(planned) > 1:
-        failed = grid.run_grid(notebook, planned, jobs=arguments.jobs, html=arguments.html, **where)
+    if not arguments.scheduler:  # a worker fetches for itself
+        chosen = {value for job in planned for value in job.parameters.values() if isinstance(value, str)}
+        _fetch_assets([*notebooks.assets_of(notebook), *chosen.intersection(registry.names())])
+    if len(planned) > 1 or arguments.scheduler:
+        if arguments.scheduler:
+            from ftkit.lab.runs import cluster
+
+            failed = cluster.run_grid_on_cluster(
+                notebook, planned, scheduler=arguments.scheduler, html=arguments.html, **where
+            )
+        else:
+            failed = grid.run_grid(
+                notebook, planned, jobs=arguments.jobs, html=arguments.html, track=arguments.track, **where
+            )
         try:
             compared = comparison.compare_runs(Path(arguments.out), {job.identity for job in planned})
             print(comparison.format_comparisons(compared))
@@ -156,7 +238,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if failed:
             print(f"ftkit: {failed} of {len(planned)} runs failed; the same command runs them again", file=sys.stderr)
         return 1 if failed else 0
-    run = notebooks.run_notebook(notebook, planned[0].parameters, **where)
+    run = notebooks.run_notebook(notebook, planned[0].parameters, track=arguments.track, **where)
     written = run.executed
     if arguments.html:
         from ftkit.lab.runs.report import write_report
@@ -171,6 +253,41 @@ def _run(arguments: argparse.Namespace) -> int:
     if run.error:
         print(f"ftkit: {run.error}", file=sys.stderr)
     return 1 if run.error else 0
+
+
+def _what_runs(arguments: argparse.Namespace) -> tuple[Path, str, dict[str, list[Any]]]:
+    """The notebook, the tier and the values of each parameter, from the options and the settings file."""
+    from ftkit.lab.runs import grid, notebooks
+    from ftkit.lab.settings_file import SettingsFile, read_settings
+
+    file = read_settings(arguments.settings) if arguments.settings else SettingsFile(Path())
+    name = arguments.notebook or file.notebook
+    if name is None:
+        raise ValueError("There is nothing to run: give the NOTEBOOK, or a file that names one with --settings FILE.")
+    notebook = notebooks.find_notebook(name)
+    if file.notebook and Path(file.notebook).stem != notebook.stem:
+        raise ValueError(
+            f"{file.path} is for the notebook {file.notebook}, and {name} is given: leave {name} out, or give another "
+            "settings file."
+        )
+    axes = {name: [value] for name, value in file.parameters.items()}
+    for name, values in file.grid.items():  # a text stands for several values, as after -p
+        axes[name] = (
+            grid.values_of(values) if isinstance(values, str) else values if isinstance(values, list) else [values]
+        )
+    axes |= grid.each_once([*arguments.parameter, *([("keep", [True])] if arguments.keep else [])])
+    if arguments.keep and not notebooks.has_parameter(notebook, "keep"):
+        raise ValueError(f"{notebook.stem} has no parameter `keep`, so it keeps no model: leave --keep out.")
+    return notebook, arguments.tier or file.tier or os.environ.get("FTKIT_TIER", "cpu"), axes
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write a file, unless there is another one with this name."""
+    from ftkit.lab.results import write_whole
+
+    if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+        raise FileExistsError(f"{path} exists already, with other settings: give --save another name, or delete it.")
+    write_whole(path, text)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -189,10 +306,36 @@ def _study(arguments: argparse.Namespace) -> int:
     from ftkit.lab.runs import grid
     from ftkit.lab.studies import recording
 
-    path = recording.run_study(arguments.name, grid.each_once(arguments.only))
+    path = recording.run_study(arguments.name, grid.each_once(arguments.only), scheduler=arguments.scheduler)
     with path.open(encoding="utf-8", newline="") as file:
         count = sum(1 for _ in csv.DictReader(file))
     print(f"{path}: {count} rows")
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from ftkit.lab.kept.predicting import predict_file
+
+    columns = {"text": arguments.text, "label": arguments.label}
+    predict_file(arguments.folder, arguments.file, arguments.out, among=arguments.among, **columns)
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    try:
+        from ftkit.lab.kept.serving import serve
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"`ftkit serve` needs the package {error.name}: pip install 'ftkit[serve]'.") from None
+
+    serve(arguments.folder, host=arguments.host, port=arguments.port)
+    return 0
+
+
+def _course(arguments: argparse.Namespace) -> int:
+    from ftkit.lab.course.build import build_course
+
+    for folder in build_course(arguments.out, arguments.notebooks, reference=not arguments.no_reference):
+        print(folder)
     return 0
 
 

@@ -115,9 +115,14 @@ def test_a_study_runs_only_the_rows_with_given_values(
 ) -> None:
     asked = []
     (tmp_path / "rates.csv").write_text('a,b\n1,"two\nlines"\n2,x\n', encoding="utf-8")
-    monkeypatch.setattr(recording, "run_study", lambda *given: asked.append(given) or tmp_path / "rates.csv")
+
+    def run_study(*given: object, scheduler: str | None = None) -> Path:
+        asked.append((*given, scheduler))
+        return tmp_path / "rates.csv"
+
+    monkeypatch.setattr(recording, "run_study", run_study)
     assert cli.main(["study", "rates", "--only", "rows=50,100", "lr=1e-4"]) == 0
-    assert asked == [("rates", {"rows": [50, 100], "lr": [1e-4]})]
+    assert asked == [("rates", {"rows": [50, 100], "lr": [1e-4]}, None)]
     assert capsys.readouterr().out == f"{tmp_path / 'rates.csv'}: 2 rows\n"
 
 

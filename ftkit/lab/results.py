@@ -82,6 +82,7 @@ def save_metrics(
         metrics: for each method ``accuracy``, ``ci95`` (low, high), ``seeds`` (a list), ``trainable_parameters``,
             ``seconds`` and ``peak_rss_mib``; None where a number makes no sense.
         folder: target folder; by default the run's folder, or ``runs/interactive`` when a person runs the notebook.
+            Only by default does the tracker that ``ftkit run --track`` names get the results, too.
 
     Returns:
         The path of the file.
@@ -90,11 +91,15 @@ def save_metrics(
         ValueError: a number is NaN or infinite.
         TypeError: a value cannot be written as JSON.
     """
-    folder = folder or os.environ.get("FTKIT_RUN_DIR") or runs_folder() / "interactive"
     record = {"settings": plain(settings, "settings"), "metrics": plain(metrics, "metrics")}
-    path = Path(folder) / "metrics.json"
+    path = Path(folder or run_folder()) / "metrics.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    if folder is None and os.environ.get("FTKIT_TRACK"):
+        from ftkit.training.tracking import track_scores
+
+        track_scores(**record)
+    return path
 
 
 def write_whole(path: Path, text: str) -> Path:
@@ -131,6 +136,11 @@ def writing(path: Path) -> Iterator[None]:
         else:
             cure = "give a folder that you can write to"
         raise type(error)(f"{path} cannot be written ({error.strerror or error}): {cure}.") from None
+
+
+def run_folder() -> Path:
+    """Folder of the run, or ``runs/interactive`` when a person runs the notebook."""
+    return Path(os.environ.get("FTKIT_RUN_DIR") or runs_folder() / "interactive")
 
 
 def runs_folder() -> Path:

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ftkit import TIERS
 from ftkit.data.assets import registry
-from ftkit.errors import SettingsError, did_you_mean
+from ftkit.errors import SettingsError, bad_value, did_you_mean, unknown_setting
 
 _LINE_LENGTH = 96  # characters in a line of a notebook cell
 
@@ -149,7 +149,7 @@ class NotebookSettings(BaseModel):
         """Read the settings from a notebook's `parameters` cell; call it with ``globals()`` in the next cell.
 
         The environment variable FTKIT_TIER overrides the tier. It is meant for tools that execute notebooks but cannot
-        pass parameters, such as nbval.
+        pass parameters, such as nbval. From then on the notebook shows dollar signs in tables of pandas as they are.
 
         Args:
             namespace: values by name of the setting; other names are ignored.
@@ -165,6 +165,9 @@ class NotebookSettings(BaseModel):
                     f"{name} was given as {value!r}, but it is {namespace.get(name)!r} here: set it in no other cell, "
                     "and tag only one cell `parameters`."
                 )
+        import pandas as pd  # takes half a second, which a terminal need not wait
+
+        pd.options.display.html.use_mathjax = False  # the names of classes may have dollar signs
         given = {name: namespace.get(name) for name in cls.model_fields}
         return cls.at(**given | {"tier": os.environ.get("FTKIT_TIER", given["tier"])})
 
@@ -214,22 +217,17 @@ class NotebookSettings(BaseModel):
         if error["type"] == "extra_forbidden":
             return cls._unknown(name)
         parameter = _parameter(cls, name)
-        if error["type"] == "literal_error":
-            cure = f"{did_you_mean(str(value), parameter.choices)} Give one of {parameter.allowed}"
-        elif error["type"] == "value_error":
+        if error["type"] == "value_error":
             return f"{name}={value!r} is not allowed: {error['msg'].removeprefix('Value error, ')}."
-        else:
-            kinds = {"float": "a number", "int": "a whole number", "bool": "true or false"}
-            kinds |= {"list": f"a list such as {json.dumps(parameter.defaults['cpu'])}"}
-            cure = f"give {kinds.get(parameter.kind, 'a text')}"
-            if parameter.low is not None:
-                cure += f"{', each item' * (parameter.kind == 'list')} from {parameter.allowed}"
-        return f"{name}={value!r} is not allowed: {cure} ({parameter.help})."
+        kind, allowed = parameter.kind, f"from {parameter.allowed}" if parameter.low is not None else ""
+        if kind == "list":
+            kind = f"a list such as {json.dumps(parameter.defaults['cpu'])}{', each item' if allowed else ''}"
+        choices = parameter.choices if error["type"] == "literal_error" else ()
+        return bad_value(name, value, parameter.help, kind=kind, allowed=allowed, choices=choices)
 
     @classmethod
     def _unknown(cls, name: str) -> str:
-        names = list(cls.model_fields)
-        return f"{cls.NOTEBOOK} has no parameter {name!r}: {did_you_mean(name, names)} It has {', '.join(names)}."
+        return unknown_setting(cls.NOTEBOOK, name, list(cls.model_fields))
 
 
 def in_words(value: Any) -> str:
@@ -281,14 +279,9 @@ def _known_images(name: str) -> str:
 
 def _named(name: str, known: list[str]) -> str:
     """Check that a name is one of the known names, a hub id or an existing folder."""
-    if name in known or _is_hub_id(name) or (name and Path(name).is_dir()):
+    if name in known or registry.HUB_ID.fullmatch(name) or (name and Path(name).is_dir()):
         return name
     raise ValueError(f"{_near(name, known, 'folder')} {', '.join(known)}, a folder or a hub id (owner/name)")
-
-
-def _is_hub_id(name: str) -> bool:
-    """Whether it is owner/name or, for a data set, owner/name:config."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", name) is not None
 
 
 def _near(name: str, known: list[str], kind: str) -> str:
@@ -302,7 +295,7 @@ def _known_dataset(name: str) -> str:
     known = registry.names("text-classification")
     if Path(name).is_file():
         raise ValueError("give a file of your own as `data`")
-    if name not in known and not _is_hub_id(name):
+    if name not in known and not registry.HUB_ID.fullmatch(name):
         raise ValueError(f"{_near(name, known, 'file')} {', '.join(known)} or a hub id (owner/name)")
     return name
 

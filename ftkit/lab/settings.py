@@ -1,11 +1,12 @@
 """The settings of each notebook, with their bounds and their defaults at each tier."""
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import model_validator
 
-from ftkit.lab.schema import Dataset, ImageModel, Images, Model, NotebookSettings, OwnFile, Source, in_words, setting
+from ftkit.lab.schema import Dataset, ImageModel, Images, Model, NotebookSettings, OwnFile, Source, setting
+from ftkit.training.state import MAX_EPOCHS
 
 
 def settings_of(notebook: str | Path) -> type[NotebookSettings] | None:
@@ -16,6 +17,11 @@ def settings_of(notebook: str | Path) -> type[NotebookSettings] | None:
 
 # every recorded rate, 3e-5 to 0.1, stays a rate that `fit` takes
 _LR_SCALES = (0.01, 10)
+
+
+def _keep() -> Any:
+    """Declare the setting ``keep``; each notebook that has it declares it last."""
+    return setting("keep the model that is best on validation, in the run's folder", False)
 
 
 class TextSettings(NotebookSettings):
@@ -72,6 +78,7 @@ class FullFineTuning(TextSettings):
         ["product-sentiment", "editorial-sentiment", "tweet-sentiment"],
         smoke=["product-sentiment"],
     )
+    keep: bool = _keep()
 
 
 class TrainedText(TextSettings):
@@ -110,6 +117,7 @@ class Freezing(TrainedText):
     lr_scale: float = setting(
         "factor on the best recorded rate of each method", 1.0, gpu=0.3, between=_LR_SCALES, log=True
     )
+    keep: bool = _keep()
 
 
 class Adapters(TrainedText):
@@ -139,6 +147,7 @@ class Adapters(TrainedText):
         "factor on the best recorded rate of each method", 1.0, gpu=0.3, between=_LR_SCALES, log=True
     )
     second_dataset: Dataset = setting("data set of the second task's adapter", "bbc-topics")
+    keep: bool = _keep()
 
 
 class Prompting(TextSettings):
@@ -180,22 +189,18 @@ class Prompting(TextSettings):
         log=True,
     )
     batch_size: int = setting("rows per step", 8, between=(1, 1024), unit="rows", log=True)
+    keep: bool = _keep()
 
     @model_validator(mode="after")
     def _fit_takes_all_steps(self) -> Self:
         """Refuse what the lesson would turn into more passes over the rows than `fit` takes."""
-        from ftkit.training.state import TrainSettings  # imports torch, which takes seconds
-
         epochs = max(1, round(4 * self.steps * self.batch_size / self.rows))  # of the encoder, in the lesson
-        try:
-            TrainSettings(num_epochs=epochs)
-        except ValidationError as error:
-            most = error.errors()[0]["ctx"]["le"]
+        if epochs > MAX_EPOCHS:
             raise ValueError(
                 f"steps={self.steps} with batch_size={self.batch_size} and rows={self.rows} is not allowed: the "
-                f"encoder would pass over the rows {in_words(epochs)} times, and {in_words(most)} is the most: give "
-                "fewer steps, smaller batches or more rows."
-            ) from None
+                f"encoder would pass over the rows {epochs:,} times, and {MAX_EPOCHS:,} is the most: give fewer steps, "
+                "smaller batches or more rows."
+            )
         return self
 
 
@@ -254,6 +259,7 @@ class Contrastive(NotebookSettings):
     text_model: Model = setting("the text tower: an asset, a hub id or a folder", "minilm")
     image_model: ImageModel = setting("the image tower: efficientnet-lite0, a hub id or a folder", "efficientnet-lite0")
     images: Images = setting("emoji, a folder of images with a CSV of captions, or a hub id", "emoji")
+    captions: OwnFile | None = setting("the CSV of a folder's captions; None for the only one in it", None)
     # from 32: the lesson compares batches of several sizes, the smallest of 16 pairs
     rows: int | None = setting("training pairs; None for all", None, smoke=96, between=(32, 10_000_000))
     test_rows: int = setting(
@@ -275,3 +281,4 @@ class Contrastive(NotebookSettings):
     batch_size: int = setting("pairs per step, each other's negatives", 64, gpu=256, between=(2, 4096), log=True)
     seed: int = setting("the first seed; the record has 0 to 2", 5, between=(0, 1_000_000))
     num_seeds: int = setting("seeds; each draws its own weights and order", 1, gpu=3, between=(1, 100), unit="seeds")
+    keep: bool = _keep()

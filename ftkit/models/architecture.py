@@ -371,7 +371,7 @@ def _run(model: nn.Module, batch: Mapping[str, Tensor], prefix: str) -> _Trace:
     for path, module in copied.named_modules():
         module.register_forward_pre_hook(start, prepend=True)
         module.register_forward_hook(make_end(f"{prefix}{path}"))
-    with seeded(0), torch.enable_grad(), Uses():
+    with seeded(0), torch.inference_mode(False), torch.enable_grad(), Uses():
         output = copied(**batch)
     logits = getattr(output, "logits", None)
     leaves = [logits] if logits is not None else tree_leaves(output)

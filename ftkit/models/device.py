@@ -38,4 +38,5 @@ def choose_device() -> Device:
     else:
         why = "no CUDA or MPS device found"
     threads = torch.get_num_threads()
-    return Device(torch.device("cpu"), "fp32", f"cpu, {threads} threads ({why}), fp32: bf16 is slower on most CPUs")
+    used = f"{threads} thread{'s' * (threads != 1)}"
+    return Device(torch.device("cpu"), "fp32", f"cpu, {used} ({why}), fp32: bf16 is slower on most CPUs")

@@ -36,14 +36,15 @@ class EfficientNet(nn.Module):
             seed: seed of the random weights.
 
         Raises:
-            AssetError: the weights cannot be found or downloaded.
+            AssetError: the weights cannot be downloaded or read.
         """
         super().__init__()
         with seeded(seed):
             library = LibraryNetwork.from_name(NAME).eval()
             if pretrained:
-                file = next(registry.fetch(NAME).glob("*.pth"))
-                library.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+                with registry.reading(NAME) as folder:
+                    file = next(folder.glob("*.pth"))
+                    library.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
             self.stem = _Convolution(library._conv_stem, library._bn0)
             self.blocks = nn.ModuleList(_Block(block) for block in library._blocks)
             self.head = _Convolution(library._conv_head, library._bn1)

@@ -271,7 +271,9 @@ def _load_tower(
     """Load a model without its head, and tell whether its pooler is missing in the checkpoint."""
     with as_model_error(name, advice), quiet_transformers(), seeded(seed):
         if not pretrained:
-            return AutoModel.from_config(config, dtype=torch.float32), False
+            model = AutoModel.from_config(config, dtype=torch.float32)
+            model.config._name_or_path = ""  # it comes from no checkpoint
+            return model, False
         model, info = AutoModel.from_pretrained(
             source, config=config, dtype=torch.float32, output_loading_info=True, **options
         )

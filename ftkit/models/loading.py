@@ -26,8 +26,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ftkit.data.assets import registry
-from ftkit.errors import ModelError, first_line
+from ftkit.errors import ModelError, first_line, in_brief
 from ftkit.models.device import choose_device
+from ftkit.models.heads import Heads
 from ftkit.models.modules import seeded
 
 ADAPTER_FILE, BOTTLENECK_FILE = "adapter_config.json", "bottleneck.json"  # in folders that hold an adapter only
@@ -90,6 +91,7 @@ def _read_classifier(
             )
         else:
             model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+            model.config._name_or_path = ""  # it comes from no checkpoint
             info = {"missing_keys": set(model.state_dict()), "mismatched_keys": set(), "unexpected_keys": set()}
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     info |= {"mismatched_keys": mismatched, "unexpected_keys": _without_buffers(info["unexpected_keys"])}
@@ -185,7 +187,7 @@ def report_random_weights(base: PreTrainedModel, saved: Container[str], folder: 
     if random:
         print(
             f"{folder}: {len(random)} weights of the base start at random and were not saved with the adapter, so "
-            f"its logits may differ from those in training: {', '.join(random[:4])}"
+            f"its logits may differ from those in training: {in_brief(random)}"
         )
 
 
@@ -264,8 +266,7 @@ def locate_model(
         asset = registry.get(str(name_or_path))
         if asset.kind not in kinds:
             raise ModelError(f"The asset {asset.name!r} is of kind {asset.kind!r}, not {what}: use {example}.")
-        advice = "check its files with `ftkit assets --verify`, or set FTKIT_CACHE to a new folder and fetch it again"
-        return str(registry.fetch(asset.name)), local, advice
+        return str(registry.fetch(asset.name)), local, registry.CHECK_FILES
     if Path(name_or_path).is_dir():
         _refuse_adapter(Path(name_or_path))
         return str(name_or_path), local, f"give a folder that save() wrote, or a model like {example}"
@@ -320,7 +321,7 @@ def _report_weights(
     new = sorted(new_weights(model))
     body = [key for key in new if key.startswith(model.base_model_prefix + ".")]
     if body:
-        some = ", ".join(body[:4])
+        some = in_brief(body)
         print(f"{name}: {len(body)} weights below the head are not in the checkpoint and start at random: {some}")
     _report_unused(_unused_weights(model, info["unexpected_keys"]), name)
     names, old_names, old_type = class_names(model.config), class_names(old_config), old_config.problem_type
@@ -356,7 +357,7 @@ def _reorder_head(model: PreTrainedModel, old_names: Sequence[str]) -> None:
 
 def _report_unused(unused: set[str], name: str | Path) -> None:
     if unused:
-        some = ", ".join(sorted(unused)[:4])
+        some = in_brief(sorted(unused))
         print(f"{name}: the network has no place for {len(unused)} of the checkpoint's weights: {some}")
 
 
@@ -378,6 +379,12 @@ def _require_plain(model: PreTrainedModel) -> None:
     Raises:
         ModelError: the model is wrapped, or its weights are not those of a new model with its config.
     """
+    if any(isinstance(module, Heads) for module in model.modules()) and not hasattr(model, "peft_config"):
+        raise ModelError(
+            f"This {type(model).__name__} has several heads, which plain transformers cannot load: keep its weights "
+            "with torch.save(model.state_dict(), FILE), and load them into one that MultiHead has split for the same "
+            "tasks."
+        )
     if not isinstance(model, PreTrainedModel):
         advice = "give save() a model from load_classifier() or load_language_model()"
         if hasattr(model, "peft_config"):

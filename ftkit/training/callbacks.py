@@ -19,7 +19,14 @@ from ftkit.training.state import TrainingRun
 
 
 class Callback:
-    """Base class: the loop calls these methods; override those that you need."""
+    """Base class: the loop calls these methods; override those that you need.
+
+    Attributes:
+        steers: whether it may change the weights of any step, as all do that do not set it to False. A checkpoint
+            belongs to runs with the same callbacks that steer. One that only watches, or ends the run, does not.
+    """
+
+    steers = True
 
     def on_start(self, run: TrainingRun) -> None:
         """Before the first step."""
@@ -33,6 +40,8 @@ class Callback:
 
 class EarlyStopping(Callback):
     """Stop when validation has not improved for ``patience`` epochs (Prechelt, 1998)."""
+
+    steers = False
 
     def __init__(self, patience: int = 2) -> None:
         self.patience = patience
@@ -55,13 +64,16 @@ class Checkpoint(Callback):
     CPU. Put it first in ``callbacks``, so that the others see the resumed run. It is one file, replaced in one move;
     accelerate's ``save_state`` writes a folder of several, which a crash can leave half-written.
 
-    The file knows its run: the settings, the training rows, the model, its weights at the start, and which of them
-    train. A model that this run has begun to train is accepted, too, so that a cell can be run again after Ctrl-C.
+    The file knows its run: the settings, the rows, the model, its weights at the start, which of them train, the
+    penalties, and the callbacks that steer (``Callback.steers``) by their order, names and public numbers and strings.
+    A model that this run has begun to train is accepted, too, so that a cell can be run again after Ctrl-C.
 
     Args:
         path: the file; its folder is created.
         every: optimiser steps between two writes; it is also written at the end of each epoch.
     """
+
+    steers = False
 
     def __init__(self, path: str | Path, every: int = 100) -> None:
         self.path, self.every = Path(path), every
@@ -151,18 +163,22 @@ def _identity(run: TrainingRun) -> dict[str, Any]:
         "trainable weights": f"{len(names)} ({hashlib.sha256(repr(names).encode()).hexdigest()[:12]})",
         "starting weights": weights.hexdigest()[:12],
         "penalties": ", ".join(map(_describe, run.penalties)) or "none",
+        "callbacks": ", ".join(_describe(callback) for callback in run.callbacks if getattr(callback, "steers", True))
+        or "none",
         "training rows": _digest(run.data["train"], run.lengths),
         "validation rows": _digest(rows, row_lengths(rows)) if (rows := run.data.get("validation")) else "none",
     }
 
 
-def _describe(penalty: Any) -> str:
-    """A penalty by its name and its numbers, such as its strength."""
-    numbers = {
-        name: value for name, value in getattr(penalty, "__dict__", {}).items() if isinstance(value, int | float)
+def _describe(part: Any) -> str:
+    """A penalty or a callback by its name and its public numbers and strings, such as its strength."""
+    values = {
+        name: value
+        for name, value in getattr(part, "__dict__", {}).items()
+        if isinstance(value, int | float | str) and not name.startswith("_")
     }
-    name = getattr(penalty, "__qualname__", type(penalty).__name__)
-    return f"{name}({', '.join(f'{key}={value:g}' for key, value in numbers.items())})"
+    name = getattr(part, "__qualname__", type(part).__name__)
+    return f"{name}({', '.join(f'{key}={value}' for key, value in values.items())})"
 
 
 def _digest(rows: Any, lengths: NDArray[np.int64]) -> str:

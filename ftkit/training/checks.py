@@ -1,5 +1,6 @@
 """What is checked where model, rows and settings meet, before anything is computed."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
-from ftkit.errors import DataError, ModelError, TrainingError
+from ftkit.data.text import folded
+from ftkit.errors import DataError, ModelError, TrainingError, in_brief
 from ftkit.models.loading import class_names
 from ftkit.training.batching import IGNORED, flat_column, has_token_labels, peek, row_labels, row_lengths
 from ftkit.training.losses import ModelWithLoss
@@ -46,7 +48,8 @@ def match_rows(model: nn.Module, rows: Any) -> Any:
 
     Where both name their classes, the names decide. Rows name them by a ClassLabel, a model in its config. If the model
     knows every name of the rows, their labels are changed to its numbers, and a line says so; otherwise the rows are
-    refused. Names that are only numbers (LABEL_0, as transformers gives by default, class 0, 0) count as none, unless
+    refused. Names that differ only in case, blanks or the form of a number (1 and 1.0) count as one, unless one side
+    has both. Names that are only numbers (LABEL_0, as transformers gives by default, class 0, 0) count as none, unless
     the other side has them too.
 
     Args:
@@ -107,6 +110,8 @@ def _require_length(model: nn.Module, network: PreTrainedModel, lengths: NDArray
         if name.split(".")[-1] in _POSITION_TABLES and isinstance(table, nn.Embedding) and "vis" not in name:
             before = 0 if table.padding_idx is None else table.padding_idx + 1  # as in RoBERTa
             limits.append(table.num_embeddings - before - getattr(table, "offset", 0))
+            row = getattr(network.get_submodule(name.rpartition(".")[0]), "position_ids", None)
+            limits += [] if row is None else [row.shape[-1]]  # Nystromformer's table has two more than a row
     window = getattr(network.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
     if network.get_output_embeddings() is not None and window > 0:  # XLNet has -1, for no limit
         limits.append(window)
@@ -190,12 +195,13 @@ def _match_labels(rows: Any, num_classes: int | None, names: list[str] | None, k
     feature = rows.features.get("labels") if isinstance(rows, datasets.Dataset) else None
     if names is not None and isinstance(feature, datasets.ClassLabel):
         present = sorted(set(labels))  # a class without rows does not matter
-        numbers = _numbers_by_name([feature.names[i] for i in present], names, feature.names)
-        if numbers != present:
+        ours = [feature.names[i] for i in present]
+        numbers = _numbers_by_name(ours, names, feature.names)
+        if numbers is not None and (numbers != present or [names[number] for number in numbers] != ours):
             number_of = dict(zip(present, numbers, strict=True))
-            matched = ", ".join(f"{feature.names[i]} is {number}" for i, number in list(number_of.items())[:8])
-            more = ", …" if len(numbers) > 8 else ""
-            print(f"{len(rows):,} rows: their classes are matched to the model's by name: {matched}{more}")
+            print(
+                f"{len(rows):,} rows: their classes are matched to the model's by name{_matches(ours, numbers, names)}"
+            )
             rows = rows.remove_columns("labels")
             return rows.add_column("labels", [number_of[i] for i in labels], feature=datasets.ClassLabel(names=names))
     most = int(np.argmax(labels))
@@ -207,28 +213,58 @@ def _match_labels(rows: Any, num_classes: int | None, names: list[str] | None, k
     return rows
 
 
-def _numbers_by_name(ours: Sequence[str], models: Sequence[str], declared: Sequence[str]) -> list[int]:
-    """The model's number for each class of the rows; their own number if one side has no names.
+def _numbers_by_name(ours: Sequence[str], models: Sequence[str], declared: Sequence[str]) -> list[int] | None:
+    """The model's number for each class of the rows; None if one side has no names.
 
     Args:
         ours: the classes that have rows.
         models: the classes of the model.
         declared: all classes that the rows declare, in the order of their numbers.
     """
-    if set(ours) <= set(models):
-        return [models.index(name) for name in ours]
-    if not set(ours) & set(models) and (_unnamed(declared) or _unnamed(models)):
-        return [declared.index(name) for name in ours]
-    unknown = [name for name in ours if name not in models]
-    raise DataError(
-        f"The rows have classes that the model does not know, {_some(unknown)}, and the model's are {_some(models)}: "
-        "load it with load_classifier for the classes of the rows, or rename these if they mean the same."
-    )
+    alike = defaultdict(list)
+    for number, name in enumerate(models):
+        alike[folded(name)].append(number)
+    found = {name: [models.index(name)] if name in models else alike[folded(name)] for name in ours}
+    if not any(found.values()) and (unnamed(declared) or unnamed(models)):
+        return None
+    if unknown := [name for name in ours if not found[name]]:
+        raise DataError(
+            f"The rows have classes that the model does not know, {_some(unknown)}, and the model's are "
+            f"{_some(models)}: load it with load_classifier for the classes of the rows, or rename these if they mean "
+            "the same."
+        )
+    numbers = [found[name][0] for name in ours]
+    for name, number in zip(ours, numbers, strict=True):
+        if len(found[name]) > 1:
+            either = " or ".join(repr(models[i]) for i in found[name])
+            raise DataError(
+                f"The class {name!r} of the rows may be the model's {either}, which differ only in case, blanks or the "
+                "form of a number: write it as the model does."
+            )
+        if numbers.count(number) > 1:
+            both = " and ".join(repr(other) for other in ours if found[other] == [number])
+            raise DataError(
+                f"The classes {both} of the rows differ only in case, blanks or the form of a number, and the model "
+                f"has one such class, {models[number]!r}: make them one, or load the model with load_classifier for "
+                "the classes of the rows."
+            )
+    return numbers
 
 
-def _unnamed(names: Sequence[str]) -> bool:
+def _matches(ours: Sequence[str], numbers: Sequence[int], models: Sequence[str]) -> str:
+    """End the line on matched classes: the number of each, and the model's name where it is written in another way."""
+    pairs = list(zip(ours, numbers, strict=True))
+    if all(models[number] == name for name, number in pairs):
+        return ": " + in_brief([f"{name} is {number}" for name, number in pairs], 8)
+    notes = ["" if models[number] == name else f" ({models[number]!r})" for name, number in pairs]
+    said = [f"{name!r} is {number}{note}" for (name, number), note in zip(pairs, notes, strict=True)]
+    return ", whatever their case and blanks: " + in_brief(said, 8)
+
+
+def unnamed(names: Sequence[str]) -> bool:
+    """Whether the names of classes are only their numbers."""
     return all(name in (f"LABEL_{i}", f"class {i}", str(i)) for i, name in enumerate(names))
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "")
+    return in_brief([*map(repr, names)], 8)

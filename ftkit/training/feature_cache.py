@@ -87,6 +87,7 @@ class UpperLayers(nn.Module):
         # copy the modules but share their parameters and buffers
         shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
         self.model = copy.deepcopy(model, shared)
+        self._whole = (model,)  # in a tuple: not a part of this module
         self.config = model.config
         body = frozen_body(model)
         self._frozen = (
@@ -108,6 +109,11 @@ class UpperLayers(nn.Module):
             replace(group, parameters={f"model.{name}": p for name, p in group.parameters.items() if id(p) in kept})
             for group in groups
         ]
+
+    @property
+    def whole(self) -> nn.Module:
+        """The whole model, which learns with these layers."""
+        return self._whole[0]
 
     def forward(self, **batch: Tensor) -> Any:
         """The output of the whole model, with logits of shape (B, C).

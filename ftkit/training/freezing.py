@@ -10,7 +10,7 @@ from torch import nn
 
 from ftkit.errors import FreezingError, did_you_mean
 from ftkit.models.architecture import layer_groups
-from ftkit.training.callbacks import Callback
+from ftkit.training.callbacks import Callback, Checkpoint
 from ftkit.training.state import TrainingRun
 
 
@@ -59,7 +59,7 @@ class GradualUnfreezing(Callback):
     """Train the last group first, and unfreeze one more with each epoch (Howard and Ruder, 2018).
 
     All that is to train at some time must require a gradient before ``fit``, which builds its optimiser from that. If a
-    run ends early, the groups that it did not reach stay frozen. Put it after Checkpoint.
+    run ends early, the groups that it did not reach stay frozen. It stands behind a Checkpoint, which sets the epoch.
 
     Args:
         groups: how many of ``layer_groups`` each epoch adds, the first epoch included.
@@ -74,7 +74,8 @@ class GradualUnfreezing(Callback):
         self.groups = groups
 
     def on_start(self, run: TrainingRun) -> None:
-        """Raises FreezingError: fewer than two groups train, or there are several processes."""
+        """Raises FreezingError: fewer than two groups train, it stands before a Checkpoint, or in several processes."""
+        _require_checkpoint(run, self, before=True)
         held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
         groups = [[p for p in group.parameters.values() if id(p) in held] for group in layer_groups(run.model)]
         self._from_top = [parameters for parameters in reversed(groups) if parameters]
@@ -112,7 +113,7 @@ def layer_rates(model: nn.Module, lr: float, factor: float) -> dict[str, float]:
 class LayerwiseRates(Callback):
     """Train lower layers at lower rates, those of ``layer_rates``; weight decay stays as it is.
 
-    Put it before Checkpoint, which restores the optimiser by its parameter groups.
+    It stands before a Checkpoint, which restores the optimiser by its parameter groups.
 
     Args:
         factor: the rate of a group divided by that of the group above it, in (0, 1].
@@ -122,6 +123,8 @@ class LayerwiseRates(Callback):
         self.factor = factor
 
     def on_start(self, run: TrainingRun) -> None:
+        """Raises FreezingError: it stands behind a Checkpoint."""
+        _require_checkpoint(run, self, before=False)
         rates = layer_rates(run.model, run.settings.lr, self.factor)
         rate_of = {id(p): rates[group.name] for group in layer_groups(run.model) for p in group.parameters.values()}
         split = []
@@ -130,15 +133,15 @@ class LayerwiseRates(Callback):
                 parameters = [p for p in options["params"] if rate_of[id(p)] == rate]
                 split += [{**options, "params": parameters, "initial_lr": rate}] if parameters else []
         run.optimizer.param_groups[:] = split
-        self._rates = [options["initial_lr"] for options in split]
 
-    def on_step(self, run: TrainingRun) -> None:
-        """Raises FreezingError: a checkpoint restored other rates."""
-        if [options["initial_lr"] for options in run.optimizer.param_groups] != self._rates:
-            raise FreezingError(
-                f"The checkpoint is of a run with other rates than those of factor={self.factor:g}: use the factor "
-                "that it was started with, or another file."
-            )
+
+def _require_checkpoint(run: TrainingRun, callback: Callback, *, before: bool) -> None:
+    """Refuse a Checkpoint on the wrong side of a callback: a resumed run would differ."""
+    place = run.callbacks.index(callback)
+    wrong = run.callbacks[place + 1 :] if before else run.callbacks[:place]
+    if any(isinstance(other, Checkpoint) for other in wrong):
+        first, second = ("Checkpoint", type(callback).__name__) if before else (type(callback).__name__, "Checkpoint")
+        raise FreezingError(f"A resumed run would not be the same: put {first} before {second} in callbacks.")
 
 
 def group_table(model: nn.Module, rates: Mapping[str, float] | float | None = None) -> pd.DataFrame:

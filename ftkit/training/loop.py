@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ftkit.errors import TrainingError
+from ftkit.errors import TrainingError, in_brief
 from ftkit.metrics import Evaluation
 from ftkit.models.device import choose_device
 from ftkit.models.modules import count_parameters, eval_mode, train_mode
@@ -35,6 +35,7 @@ from ftkit.training.checks import match_rows, require_settings
 from ftkit.training.losses import ModelWithLoss, Penalty, make_class_weights
 from ftkit.training.monitor import Meter
 from ftkit.training.state import History, TrainingRun, TrainSettings
+from ftkit.training.tracking import tracked
 
 
 def fit(
@@ -68,8 +69,9 @@ def fit(
         ModelError: the model has no embedding for its padding token.
         ValueError: there are no rows, or class_weights has the wrong length.
     """
-    run = prepare(model, data, settings, penalties)  # device, precision, optimiser, class weights, number of steps
-    with Meter() as cost, _ending(run):
+    run = prepare(model, data, settings, penalties, callbacks)  # device, precision, optimiser, number of steps
+    with Meter() as cost, _ending(run), tracked(run) as trackers:
+        callbacks = [*callbacks, *trackers]
         for callback in callbacks:
             callback.on_start(run)
         for epoch in range(len(run.history.epochs), settings.num_epochs):
@@ -92,7 +94,11 @@ def fit(
 
 
 def prepare(
-    model: nn.Module, data: Mapping[str, Any], settings: TrainSettings, penalties: Sequence[Penalty] = ()
+    model: nn.Module,
+    data: Mapping[str, Any],
+    settings: TrainSettings,
+    penalties: Sequence[Penalty] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> TrainingRun:
     """Set the seed, put the model on the device, and make the optimiser; the arguments are those of ``fit``."""
     require_settings(model, data["train"], settings)
@@ -113,7 +119,17 @@ def prepare(
     batches_per_epoch = math.ceil(len(lengths) / settings.batch_size)
     steps_per_epoch = math.ceil(batches_per_epoch / (settings.accumulation * accelerator.num_processes))
     return TrainingRun(
-        model, data, settings, penalties, optimizer, accelerator, prepared, class_weights, lengths, steps_per_epoch
+        model,
+        data,
+        settings,
+        penalties,
+        callbacks,
+        optimizer,
+        accelerator,
+        prepared,
+        class_weights,
+        lengths,
+        steps_per_epoch,
     )
 
 
@@ -362,8 +378,7 @@ def token_loss(model: nn.Module, rows: Any, *, batch_size: int = 8) -> float:
 def _require_finite(what: str, value: float, run: TrainingRun, batches: list[Any]) -> None:
     if math.isfinite(value):
         return
-    numbers = [str(int(i)) for rows in batches for i in rows]
-    rows = ", ".join(numbers[:8]) + (", …" if len(numbers) > 8 else "")
+    rows = in_brief([int(i) for rows in batches for i in rows])
     if run.step == 0:
         cause = "the rows or the starting weights contain values that are not finite: check them"
     else:

@@ -2,26 +2,36 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-import numpy as np
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ftkit.training.losses import Penalty
+from ftkit.errors import SettingsError, bad_value, unknown_setting
 from ftkit.training.monitor import ProgressBar
+
+if TYPE_CHECKING:  # without torch, the settings of the notebooks can be checked in no time
+    import numpy as np
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from ftkit.training.losses import Penalty
+
+MAX_EPOCHS = 1000  # of one run
 
 
 class TrainSettings(BaseModel):
-    """The settings of one training run."""
+    """The settings of one training run.
+
+    Raises:
+        SettingsError: a name is unknown, or a value is not allowed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate of AdamW")
-    num_epochs: int = Field(3, ge=1, le=1000, description="passes over the training rows")
+    num_epochs: int = Field(3, ge=1, le=MAX_EPOCHS, description="passes over the training rows")
     batch_size: int = Field(16, ge=1, le=4096, description="rows per forward pass")
     accumulation: int = Field(1, ge=1, le=1024, description="batches whose gradients are added up for one step")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="learning rate after warm-up")
@@ -38,6 +48,31 @@ class TrainSettings(BaseModel):
         None, description="score of the best epoch; None: accuracy, or balanced accuracy if class_weights are set"
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of the order of the rows and of dropout")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            name = str(error.errors()[0]["loc"][0])
+            raise SettingsError(_sentence(name, values[name])) from None
+
+
+def _sentence(name: str, value: Any) -> str:
+    """What is wrong with a setting, and what to do."""
+    fields = TrainSettings.model_fields
+    if name not in fields:
+        return unknown_setting("TrainSettings", name, list(fields))
+    info = fields[name]
+    if name == "class_weights":
+        return bad_value(name, value, info.description, kind="'balanced', a number for each class, or None")
+    for part in (info.annotation, *get_args(info.annotation)):  # the second where None is allowed too
+        if get_origin(part) is Literal:
+            return bad_value(name, value, info.description, kind="", choices=get_args(part))
+    bounds = {type(bound).__name__: bound for bound in info.metadata}
+    low = f"above {bounds['Gt'].gt}" if "Gt" in bounds else f"from {bounds['Ge'].ge}" if "Ge" in bounds else ""
+    up_to = " to" if "Ge" in bounds else ", up to"
+    high = f"{up_to} {bounds['Le'].le:,}" if "Le" in bounds else f", below {bounds['Lt'].lt}" if "Lt" in bounds else ""
+    return bad_value(name, value, info.description, kind=info.annotation.__name__, allowed=low + high)
 
 
 @dataclass
@@ -81,6 +116,7 @@ class TrainingRun:
         data: the splits that ``fit`` was given.
         settings: the settings that ``fit`` was given.
         penalties: the terms that are added to the loss.
+        callbacks: the callbacks that ``fit`` was given, in its order.
         optimizer: each of its parameter groups has an ``initial_lr``, its own peak rate.
         accelerator: device, precision and processes.
         prepared: the model as accelerate wraps it for them.
@@ -94,19 +130,20 @@ class TrainingRun:
         progress: the progress bar.
     """
 
-    model: nn.Module
+    model: "nn.Module"
     data: Mapping[str, Any]
     settings: TrainSettings
-    penalties: Sequence[Penalty]
-    optimizer: AcceleratedOptimizer
-    accelerator: Accelerator
-    prepared: nn.Module
-    class_weights: Tensor | None
-    lengths: NDArray[np.int64]
+    penalties: "Sequence[Penalty]"
+    callbacks: Sequence[Any]
+    optimizer: "AcceleratedOptimizer"
+    accelerator: "Accelerator"
+    prepared: "nn.Module"
+    class_weights: "Tensor | None"
+    lengths: "NDArray[np.int64]"
     steps_per_epoch: int
     step: int = 0
     history: History = field(default_factory=History)
-    best_weights: dict[str, Tensor] | None = None
+    best_weights: "dict[str, Tensor] | None" = None
     stop: bool = False
     progress: ProgressBar = field(init=False)
 

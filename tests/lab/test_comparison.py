@@ -53,6 +53,14 @@ def test_runs_that_differ_only_in_seeds_are_pooled(folder: Path) -> None:
     assert list(table.iloc[1, :5]) == ["0.1", "linear probe", "0.700", "0.556 to 0.844", "3"]
 
 
+def test_runs_that_differ_only_in_what_they_keep_are_pooled(tmp_path: Path) -> None:
+    enter(tmp_path, "before there was keep", {"lr": 0.1, "test_rows": 100}, {0: 0.8})
+    enter(tmp_path, "kept", {"lr": 0.1, "test_rows": 100, "keep": True}, {1: 0.7})
+    enter(tmp_path, "not kept", {"lr": 0.1, "test_rows": 100, "keep": False}, {2: 0.6})
+    (row,) = compare_runs(tmp_path)[0].rows
+    assert (row.settings, row.entry["seeds"]) == ({}, [0, 1, 2])
+
+
 def test_an_interval_stays_within_0_and_1_and_needs_the_number_of_rows(tmp_path: Path) -> None:
     for seed, accuracy in enumerate((1.0, 0.9)):
         enter(tmp_path, f"a{seed}", {"test_rows": 20, "seed": seed}, {seed: accuracy})
@@ -161,7 +169,8 @@ def test_the_page_needs_no_network(folder: Path) -> None:
     figures = page.select("img")
     assert len(figures) == 2
     assert all(figure["src"].startswith("data:image/png;base64,") for figure in figures)
-    assert figures[0]["alt"] == "Accuracy, with 95 % interval: lr=0.01, linear probe 0.62, lr=0.1, linear probe 0.70."
+    drawn = "lr=0.01, linear probe 0.62 (seeds 0.50, 0.75), lr=0.1, linear probe 0.70."
+    assert figures[0]["alt"] == f"Accuracy, with 95 % interval: {drawn}"
     text = page.get_text(" ", strip=True)
     assert "0.1 linear probe 0.700 0.556 to 0.844 3 12,770 2.0 300" in text
     assert "a <b>" in text and "long" * 30 in text

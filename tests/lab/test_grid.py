@@ -157,11 +157,13 @@ def test_an_identity_depends_on_code_parameters_and_files(notebook: Path) -> Non
     Path("model").mkdir()
     Path("model/weights").write_text("1", encoding="utf-8")
     of_file, of_folder, plain = identity(data="my.csv"), identity(data="model"), identity(lr=0.1)
+    of_list = identity(data=["other.csv", "my.csv"])
     assert len({of_file, of_folder, plain, identity(lr=0.2), identity(data="other.csv")}) == 5
     assert (of_file, of_folder) == (identity(data="my.csv"), identity(data="model"))
     Path("my.csv").write_text("text,label\na,b\n", encoding="utf-8")
     Path("model/weights").write_text("2", encoding="utf-8")
     assert identity(data="my.csv") != of_file
+    assert identity(data=["other.csv", "my.csv"]) != of_list
     assert identity(data="model") != of_folder
     made = nbformat.read(notebook, as_version=4)
     made.cells[0].source = "# Only words have changed"

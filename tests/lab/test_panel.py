@@ -6,6 +6,7 @@ Tests of what a kernel displays start real kernels.
 import json
 import logging
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -17,17 +18,21 @@ import ipywidgets
 import nbformat
 import numpy as np
 import pytest
+import torch
 from bs4 import BeautifulSoup
 from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 from tiny_bert import make_rows, make_tiny_bert
+from tiny_models import make_word_tokenizer
+from transformers import AutoModelForSequenceClassification
 
-from ftkit import TIERS
+from ftkit import TIERS, cli
 from ftkit.errors import SettingsError
 from ftkit.lab import settings
 from ftkit.lab.results import Outcome, read_ledger
 from ftkit.lab.schema import NotebookSettings, Parameter, setting
 from ftkit.lab.settings import FullFineTuning
+from ftkit.lab.settings_file import read_settings
 from ftkit.lab.widgets.controls import StaticPanel, make_controls
 from ftkit.lab.widgets.panel import Panel, panel
 from ftkit.metrics import Evaluation
@@ -335,6 +340,124 @@ def test_a_run_is_kept_if_the_ledger_cannot_be_written(tmp_path: Path) -> None:
     assert "runs" in text_of(panel.curve.status)
 
 
+def keeping(settings: NotebookSettings) -> Panel:
+    """A panel that trains a tiny network and knows a tokenizer to keep with it."""
+    return Panel(settings, tiny_train, how=lambda settings: {"tokenizer": make_word_tokenizer()})
+
+
+def test_the_model_of_the_last_run_is_kept(tmp_path: Path) -> None:
+    networks = []
+
+    class Remember(Callback):
+        def on_start(self, run: TrainingRun) -> None:
+            networks.append(run.model)
+
+    panel = keeping(FullFineTuning.at("smoke", num_seeds=2, num_epochs=1, seed=3))
+    panel.train = lambda settings, seed, callbacks: tiny_train(settings, seed, [*callbacks, Remember()])
+    assert panel.keep_button.disabled
+    train(panel)
+    assert not panel.keep_button.disabled
+    panel.keep_button.click()
+    panel.thread.join(60)
+    (folder,) = (tmp_path / "runs" / "kept").iterdir()
+    assert re.fullmatch(r"01_full_fine_tuning-\d{8}-\d{6}", folder.name)
+    said = f"The model of run 1, seed 4, its last, is in runs/kept/{folder.name}."
+    assert (text_of(panel.curve.status), role(panel)) == (said, "status")
+    about = json.loads((folder / "ftkit.json").read_text(encoding="utf-8"))
+    assert (about["kind"], about["method"], about["seed"]) == ("classifier", "full", 4)
+    kept = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    trained = networks[-1].state_dict()
+    assert all(torch.equal(kept[name], trained[name]) for name in trained)
+    assert not panel.keep_button.disabled and not panel.train_button.disabled
+    train(panel)
+    assert len(panel.runs) == 2
+
+
+def test_what_cannot_be_kept_is_said(tmp_path: Path) -> None:
+    panel = Panel(FullFineTuning.at("smoke", num_epochs=1), tiny_train, how=lambda settings: {"names": ["one"]})
+    train(panel)
+    panel.keep_button.click()
+    panel.thread.join(60)
+    assert "there are 1 names" in text_of(panel.curve.status)
+    assert role(panel) == "alert"
+    assert not panel.keep_button.disabled
+    panel.how = keeping(panel.settings).how
+    (tmp_path / "runs").mkdir(exist_ok=True)
+    (tmp_path / "runs" / "kept").write_text("a file where the folder should be", encoding="utf-8")
+    panel.keep_button.click()
+    panel.thread.join(60)
+    assert "cannot be written" in text_of(panel.curve.status)
+    assert role(panel) == "alert"
+
+
+@pytest.mark.parametrize("ended", ["failed", "stopped before a step", "untrained"])
+def test_a_run_without_a_model_cannot_be_kept(ended: str) -> None:
+    def train_once(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
+        if not panel.runs:
+            return tiny_train(settings, seed, callbacks)
+        if ended == "untrained":
+            return fake_train(settings, seed, callbacks)
+        if ended == "stopped before a step":
+            panel.stop_button.click()
+        outcome = tiny_train(settings, seed, callbacks)
+        assert ended != "failed", "no result"
+        return outcome
+
+    panel = Panel(FullFineTuning.at("smoke", num_epochs=1), train_once)
+    train(panel)
+    assert not panel.keep_button.disabled
+    train(panel)
+    assert panel.keep_button.disabled
+
+
+def test_a_seed_that_took_no_step_is_not_what_is_kept() -> None:
+    def second_stopped(settings: NotebookSettings, seed: int, callbacks: Sequence[Callback]) -> Outcome:
+        if seed == 1:
+            panel.stop_button.click()
+        return tiny_train(settings, seed, callbacks)
+
+    panel = Panel(FullFineTuning.at("smoke", num_epochs=1, num_seeds=3), second_stopped)
+    train(panel)
+    assert panel.runs[0].ended == "stopped after 1 of 3 seeds"
+    rows = make_rows(40, seed=1)
+    assert evaluate(panel._trained, rows).loss == pytest.approx(panel.runs[0].evaluations[0].loss)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.NOTEBOOK)
+def test_lessons_that_keep_a_model_have_the_button(schema: type[NotebookSettings]) -> None:
+    panel = Panel(schema.at("smoke"), fake_train)
+    assert (panel.keep_button in _descendants(panel._box)) == ("keep" in schema.model_fields)
+
+
+def _descendants(widget: ipywidgets.Widget) -> list[ipywidgets.Widget]:
+    children = getattr(widget, "children", ())
+    return [*children, *(below for child in children for below in _descendants(child))]
+
+
+def test_what_is_set_can_be_copied_as_command_and_file(tmp_path: Path) -> None:
+    panel = Panel(FullFineTuning.at("smoke", num_seeds=2, data=__file__), fake_train)
+    panel.controls["lr"].widget.value = 1e-3
+    panel.controls["schedule"].widget.value = "cosine"
+    command, file = (pre.text for pre in BeautifulSoup(panel.copy.value, "html.parser").select("pre"))
+    given = {"data": __file__, "num_seeds": 2, "lr": 1e-3, "schedule": "cosine"}
+    options = cli._parser().parse_args(shlex.split(command)[1:])
+    assert (options.notebook, options.tier) == (FullFineTuning.NOTEBOOK, "smoke")
+    assert dict(options.parameter) == {name: [value] for name, value in given.items()}
+    (tmp_path / "settings.yaml").write_text(file, encoding="utf-8")
+    read = read_settings("settings.yaml")
+    assert (read.notebook, read.tier, read.parameters) == (FullFineTuning.NOTEBOOK, "smoke", given)
+    panel.reset_button.click()
+    command, _ = (pre.text for pre in BeautifulSoup(panel.copy.value, "html.parser").select("pre"))
+    assert command == f"ftkit run 01_full_fine_tuning --tier smoke -p data={__file__} -p num_seeds=2"
+
+
+def test_a_value_that_is_not_allowed_is_no_command() -> None:
+    panel = Panel(EveryKind.at("smoke"), fake_train)
+    panel.controls["rates"].widget.value = "five $"
+    assert not BeautifulSoup(panel.copy.value, "html.parser").select("pre")
+    assert "rates=" in text_of(panel.copy)
+
+
 def test_two_panels_do_not_train_at_once() -> None:
     started, proceed = threading.Event(), threading.Event()
 
@@ -434,8 +557,9 @@ def test_no_character_of_a_value_or_message_has_a_meaning() -> None:
         panel.controls["name"].widget.value = name
         train(panel)
     panel.curve.say(f"no {value}", "alert")
+    panel.controls["name"].widget.value = value
     static = StaticPanel(EveryKind.at("smoke", name=value))._repr_html_()
-    for page in (panel.table.value, panel.comparison.value, panel.curve.status.value, static):
+    for page in (panel.table.value, panel.comparison.value, panel.curve.status.value, panel.copy.value, static):
         found = [text for text in BeautifulSoup(page, "html.parser").find_all(string=True) if value in text]
         assert found
         for text in found:

@@ -23,6 +23,7 @@ from bs4 import BeautifulSoup
 from nbclient import NotebookClient
 from nbclient.exceptions import CellTimeoutError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from patience import count_calls, run_to_the_end
 
 from ftkit.lab.results import LEDGER, format_table, read_ledger, results_table, save_metrics, write_whole
 from ftkit.lab.runs import execution, notebooks, report
@@ -117,7 +118,8 @@ def test_parameters_tier_and_interpreter_reach_the_notebook(run: Run) -> None:
     assert run.settings == {"lr": 3e-4, "tier": "smoke"}
     assert run.metrics["full"]["accuracy"] == 0.8125
     assert 20 < run.peak_rss_mib < 2000
-    assert {path.name for path in run.folder.iterdir()} - {"report.html"} == {"notebook.ipynb", "metrics.json"}
+    left = {path.name for path in run.folder.iterdir()} - {"report.html"}
+    assert left == {"settings.yaml", "notebook.ipynb", "metrics.json"}
 
 
 def entry_of(run: Run) -> dict:
@@ -356,7 +358,7 @@ def test_a_disk_that_becomes_full_leaves_no_half_file(tmp_path: Path) -> None:
         run = run_notebook(notebook, out=tmp_path / "out", progress=False)
     assert re.fullmatch(r"\S+notebook\.ipynb cannot be written \(No space .*\): free .* \(cell 2, .*\)", run.error)
     assert entry_of(run)["error"] == run.error
-    assert [path.name for path in run.folder.iterdir()] == ["notebook.ipynb"]
+    assert {path.name for path in run.folder.iterdir()} == {"settings.yaml", "notebook.ipynb"}
     assert nbformat.read(run.executed, as_version=4).cells[-1].source == "print('later')"
 
 
@@ -366,6 +368,15 @@ def test_a_full_disk_at_the_start_leaves_nothing(tmp_path: Path) -> None:
         fill_disk(patch, after=0)
         run_notebook(notebook, out=tmp_path / "out", progress=False)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_settings_are_there_before_the_first_cell_runs(tmp_path: Path) -> None:
+    cell = "import os, pathlib; print(pathlib.Path(os.environ['FTKIT_RUN_DIR'], 'settings.yaml').read_text())"
+    run = run_notebook(
+        write_notebook(tmp_path / "tiny.ipynb", cell), {"lr": 3e-4}, out=tmp_path / "out", progress=False
+    )
+    (output,) = nbformat.read(run.executed, as_version=4).cells[-1].outputs
+    assert "lr: 0.0003" in output.text == (run.folder / "settings.yaml").read_text(encoding="utf-8") + "\n"
 
 
 def test_a_run_that_cannot_be_recorded_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,6 +567,45 @@ def test_long_markdown_is_shown_as_it_was_written() -> None:
     text = "*a" * 100_000
     assert shown_of(new_output("display_data", data={"text/markdown": text, "text/plain": "an object"})) == text
     assert shown_of(new_output("display_data", data={"text/markdown": "*a*", "text/plain": "an object"})) == "a"
+
+
+def test_a_line_of_a_million_characters_costs_time_that_grows_with_it() -> None:
+    """Every kind of output, and lines that regular expressions for paths, colours and progress bars stumble over."""
+    code = """
+from pathlib import Path
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from ftkit.lab.runs.report import _body, _without_paths
+for piece in ("1, ", "a", "/", "/a", " /a", "C:\\\\a", "x\\r", "\\x1b[1"):
+    text = piece * (1_000_000 // len(piece)) + "\\N{SNOWMAN}"
+    outputs = [
+        new_output("stream", name="stdout", text=text),
+        new_output("execute_result", data={"text/plain": text, "text/markdown": text}),
+        new_output("display_data", data={"text/html": f"<p>{text}</p>"}),
+        new_output("error", ename="ValueError", evalue=text, traceback=[text]),
+    ]
+    page = _body(new_notebook(cells=[new_code_cell("1", outputs=outputs)]), folder=Path())
+    print(repr(piece), _without_paths(str(page)).count("\\N{SNOWMAN}"))
+"""
+    printed = run_to_the_end(code).splitlines()
+    assert len(printed) == 8
+    assert all(line.endswith(" 4") for line in printed)
+
+
+def test_the_work_for_a_report_grows_with_the_number_of_outputs_and_lines() -> None:
+    def convert(outputs: list[nbformat.NotebookNode]) -> int:
+        notebook = new_notebook(cells=[new_code_cell("1", outputs=outputs)])
+        return count_calls(lambda: report._without_paths(str(report._body(notebook, folder=Path()))))
+
+    table = "<table>" + "<tr><td>a/b</td><td>/home/me/x</td></tr>" * 20 + "</table>"
+    for make in (
+        lambda n: [printed(f"{i}\n") for i in range(n)],
+        lambda n: [printed("".join(f"{i} /home/me/x\n" for i in range(n)))],
+        lambda n: [new_output("display_data", data={"text/html": table}) for _ in range(n // 50)],
+        lambda n: [new_output("display_data", data={"text/markdown": "a *b* $c$ /d/e/f"}) for _ in range(n // 10)],
+    ):
+        convert(make(50))  # what is imported or cached once
+        few, many = convert(make(200)), convert(make(800))
+        assert many < 4.4 * few
 
 
 def test_pieces_of_a_stream_are_one_output() -> None:

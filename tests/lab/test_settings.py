@@ -3,12 +3,16 @@
 import ast
 import builtins
 import re
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
+from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_notebook
 
 from ftkit import TIERS
@@ -18,6 +22,7 @@ from ftkit.lab.runs.notebooks import default_parameters
 from ftkit.lab.schema import NotebookSettings
 from ftkit.lab.settings import Adapters, Contrastive, Freezing, FullFineTuning, Prompting, settings_of
 from ftkit.lab.studies.declaration import read_declaration
+from ftkit.plots import NO_MATH
 from ftkit.training.state import TrainSettings
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
@@ -148,6 +153,14 @@ def test_more_rows_allow_more_steps() -> None:
         Prompting.at("cpu", steps=20_000, rows=640).changed(rows=500)
 
 
+def test_settings_are_checked_without_torch() -> None:
+    """`ftkit run` refuses a value at once, instead of after the seconds that torch takes."""
+    code = (
+        "import sys; from ftkit.lab import Prompting; Prompting.at('cpu', steps=20); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_lesson_may_set_a_multiple_of_what_the_reader_may() -> None:
     largest = Contrastive.at("cpu", num_epochs=250)
     assert largest.changed(num_epochs=1000).num_epochs == 1000
@@ -235,6 +248,16 @@ def test_a_value_that_is_set_again_is_refused(set_again: str) -> None:
     exec(set_again, namespace)
     with pytest.raises(SettingsError, match=r"^lr was given as 0\.003, but it is (None|0\.0001) here: [^\n]+\.$"):
         FullFineTuning.from_cell(namespace)
+
+
+def test_a_notebook_shows_dollar_signs_in_tables_as_they_are() -> None:
+    """Jupyter sets what stands between two of them as a formula, except in elements of these classes."""
+    table = pd.DataFrame({"rows": [3, 4]}, index=["$5 to $9", "$$"])
+    with pd.option_context("display.html.use_mathjax", True):
+        FullFineTuning.from_cell({"In": []} | dict.fromkeys(FullFineTuning.model_fields) | {"tier": "smoke"})
+        (shown,) = BeautifulSoup(table._repr_html_(), "html.parser").select("table")
+    assert set(NO_MATH.split()) <= set(shown["class"])
+    assert [heading.get_text() for heading in shown.select("tbody th")] == ["$5 to $9", "$$"]
 
 
 @pytest.mark.parametrize(("given", "words"), [({"lrr": 1e-3}, "did you mean 'lr'"), ({"lr": 9}, "1e-07 to 1")])

@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from tiny_bert import make_tiny_bert
-from tiny_models import CONFIGS, TEXT_CLASSIFIERS, make_inputs
+from tiny_models import CONFIGS, TEXT_CLASSIFIERS, disturb, make_inputs, make_word_tokenizer
 from tiny_sequences import encode, make_model, make_sequence
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
+from ftkit.errors import ModelError
 from ftkit.models.heads import MultiHead
+from ftkit.models.loading import save
 from ftkit.training.batching import make_batch
 from ftkit.training.loop import evaluate
 
@@ -34,6 +36,21 @@ def test_splitting_the_last_layer_changes_no_score(family):
     for row, columns in enumerate(own):
         assert scores.logits[row].isfinite().nonzero().flatten().tolist() == columns
         torch.testing.assert_close(scores.logits[row, columns], before[row, columns])
+
+
+def test_several_heads_are_not_saved_as_a_plain_model(tmp_path):
+    """Neither whole nor without the module around the network, and the advice works."""
+    model = make_model(make_sequence())
+    for part in (model, model.network):
+        with pytest.raises(ModelError, match=r"several heads, .*: keep its weights with torch\.save\(") as refused:
+            save(part, make_word_tokenizer(), tmp_path / "model")
+        assert "adapter" not in str(refused.value)
+    assert not (tmp_path / "model").exists()
+    torch.save(model.network.state_dict(), tmp_path / "weights")
+    again = make_model(make_sequence())
+    disturb(again)
+    again.network.load_state_dict(torch.load(tmp_path / "weights", weights_only=True))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_the_loss_of_a_mixed_batch_is_the_sum_over_its_heads():

@@ -721,6 +721,13 @@ def test_the_best_device_is_chosen_and_the_reason_given(
     assert "\n" not in chosen.reason
 
 
+@pytest.mark.parametrize(("threads", "said"), [(1, "cpu, 1 thread ("), (2, "cpu, 2 threads (")])
+def test_the_number_of_threads_is_said(monkeypatch: pytest.MonkeyPatch, threads: int, said: str) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert choose_device().reason.startswith(said)
+
+
 # Language models ----------------------------------------------------------------------------------------------
 
 

@@ -222,6 +222,8 @@ def test_a_run_resumed_from_its_checkpoint_is_bitwise_the_same(tmp_path: Path):
     settings = TrainSettings(lr=0.01, num_epochs=2, batch_size=4)
 
     class Kill:
+        steers = False
+
         def on_start(self, run): ...
 
         def on_epoch(self, run): ...

@@ -15,9 +15,9 @@ from ftkit.adapters.lora import add_lora, bitfit
 from ftkit.continual.penalties import L2SP
 from ftkit.contrastive.feature_cache import cache_towers
 from ftkit.contrastive.rows import encode_pairs
-from ftkit.training.callbacks import Callback, Checkpoint
+from ftkit.training.callbacks import Callback, Checkpoint, EarlyStopping
 from ftkit.training.feature_cache import cache_frozen_layers
-from ftkit.training.freezing import freeze
+from ftkit.training.freezing import GradualUnfreezing, LayerwiseRates, freeze
 from ftkit.training.loop import evaluate, fit
 from ftkit.training.state import TrainingRun, TrainSettings
 
@@ -57,6 +57,42 @@ def test_a_checkpoint_of_other_validation_rows_or_penalties_is_refused(tmp_path:
         train(tiny_data, L2SP(start, 0.7))
     with pytest.raises(ValueError, match="of a run with validation rows="):
         train({**tiny_data, "validation": other_texts(tiny_data["validation"])}, L2SP(start, 0.5))
+
+
+def test_a_checkpoint_of_other_callbacks_is_refused(tmp_path: Path, tiny_data: dict) -> None:
+    def train(*before: Callback, after: Sequence[Callback] = ()) -> None:
+        callbacks = [*before, Checkpoint(tmp_path / "run"), *after]
+        fit(make_tiny_bert(), tiny_data, SETTINGS, callbacks=callbacks)
+
+    train(LayerwiseRates(0.5))
+    train(LayerwiseRates(0.5), EarlyStopping(5))  # only ends the run
+    for callbacks, after, has in (
+        ([], [], "none"),
+        ([LayerwiseRates(0.9)], [], r"LayerwiseRates\(factor=0\.9\)"),
+        ([LayerwiseRates(0.5)], [GradualUnfreezing()], r"LayerwiseRates\(factor=0\.5\), GradualUnfreezing\(groups=1\)"),
+        ([], [GradualUnfreezing(2)], r"GradualUnfreezing\(groups=2\)"),
+    ):
+        said = rf"of a run with callbacks=LayerwiseRates\(factor=0\.5\), but this run has {has}: use another file"
+        with pytest.raises(ValueError, match=said):
+            train(*callbacks, after=after)
+
+
+class Noise(Callback):
+    """A callback of somebody's own, which counts what it has done."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self._steps = kind, 0
+
+    def on_step(self, run: TrainingRun) -> None:
+        self._steps += 1
+
+
+def test_a_callback_of_ones_own_counts_by_what_it_was_given(tmp_path: Path, tiny_data: dict) -> None:
+    own = Noise("normal")
+    for _ in range(2):
+        fit(make_tiny_bert(), tiny_data, SETTINGS, callbacks=[Checkpoint(tmp_path / "run"), own])
+    with pytest.raises(ValueError, match=r"callbacks=Noise\(kind=normal\), but this run has Noise\(kind=uniform\)"):
+        fit(make_tiny_bert(), tiny_data, SETTINGS, callbacks=[Checkpoint(tmp_path / "run"), Noise("uniform")])
 
 
 def test_a_checkpoint_of_other_cached_texts_is_refused(tmp_path: Path) -> None:
@@ -108,6 +144,8 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, tiny_data: dict
 
 
 class StopAt(Callback):
+    steers = False
+
     def __init__(self, step: int) -> None:
         self.step = step
 

@@ -86,6 +86,56 @@ def test_fit_trains_on_classes_matched_by_name(class_weights: str | None) -> Non
     assert matched == given
 
 
+@pytest.mark.parametrize(
+    ("ours", "said"),
+    [
+        (["Pos", " neg"], "'Pos' is 1 ('pos'), ' neg' is 0 ('neg')"),
+        (["NEG", "pos"], "'NEG' is 0 ('neg'), 'pos' is 1"),  # one of them is written alike
+        (["neg", "Pos\N{NO-BREAK SPACE}"], "'neg' is 0, 'Pos\\xa0' is 1 ('pos')"),  # the same numbers already
+    ],
+)
+def test_classes_that_differ_in_case_or_blanks_are_matched_and_said_once(
+    ours: list[str], said: str, capsys: pytest.CaptureFixture
+) -> None:
+    labels, model = [0, 1, 1, 0, 1], named_model("neg", "pos", "other")
+    rows = named_rows(ours, labels)
+    matched = match_rows(model, rows)
+    assert capsys.readouterr().out == (
+        f"5 rows: their classes are matched to the model's by name, whatever their case and blanks: {said}\n"
+    )
+    assert matched.features["labels"].names == ["neg", "pos", "other"]
+    expected = [["neg", "pos"].index(ours[label].strip().lower()) for label in labels]
+    assert matched["labels"] == expected
+    assert evaluate(model, rows).labels.tolist() == expected
+    capsys.readouterr()
+    fit(model, {"train": rows, "validation": rows}, TrainSettings(lr=1e-2, num_epochs=3, batch_size=4))
+    assert capsys.readouterr().out.count("are matched to the model's") == 2  # each split once, not in each epoch
+
+
+@pytest.mark.parametrize(
+    ("models", "ours", "message"),
+    [
+        (["pos", "neg"], ["POS", "Pos", "neg"], "'POS' and 'Pos' of the rows differ only in case"),
+        (["pos", "neg"], ["pos", "POS"], "'pos' and 'POS' of the rows differ only in case"),
+        (["pos", "POS", "neg"], ["neg", "Pos"], "'Pos' of the rows may be the model's 'pos' or 'POS'"),
+    ],
+)
+def test_classes_that_would_become_one_are_refused(models: list[str], ours: list[str], message: str) -> None:
+    rows = named_rows(ours, [i % len(ours) for i in range(6)])
+    refuses(named_model(*models), rows, DataError, message)
+
+
+def test_names_that_differ_in_case_count_before_numbers() -> None:
+    """A model of transformers calls its classes LABEL_0, …, which rows may write in their own order."""
+    rows = named_rows(["label_1", "label_0"], [0, 1, 1])
+    assert match_rows(named_model("LABEL_0", "LABEL_1"), rows)["labels"] == [1, 0, 0]
+
+
+def test_exact_names_count_before_those_that_differ_in_case() -> None:
+    rows = named_rows(["POS", "pos"], [0, 1, 1])
+    assert match_rows(named_model("pos", "POS"), rows)["labels"] == [1, 0, 0]
+
+
 def test_a_class_without_rows_need_not_be_known() -> None:
     rows = named_rows(["neg", "neutral", "pos"], [0, 2, 2, 0])
     assert evaluate(named_model("neg", "pos"), rows).labels.tolist() == [0, 1, 1, 0]
@@ -195,12 +245,15 @@ TABLES = {
     "GPT2ForSequenceClassification": 64,
     "GPTNeoForSequenceClassification": 64,
     "MPNetForSequenceClassification": 62,  # positions begin behind the padding token
+    "MraForSequenceClassification": 64,  # the table has two positions more than a row can use
+    "NystromformerForSequenceClassification": 64,
     "OpenAIGPTForSequenceClassification": 64,
     "OPTForSequenceClassification": 64,
     "RobertaForSequenceClassification": 63,
     "RoFormerForSequenceClassification": 64,
     "XLMForSequenceClassification": 64,
     "XLMRobertaForSequenceClassification": 63,
+    "YosoForSequenceClassification": 64,
 }
 
 

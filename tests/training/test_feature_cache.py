@@ -145,6 +145,8 @@ def test_a_rest_resumes_from_a_checkpoint_without_the_weights_of_the_prefix(tmp_
     settings, results = TrainSettings(num_epochs=3, batch_size=8), []
 
     class StopAt(Callback):
+        steers = False
+
         def on_step(self, run) -> None:
             run.stop = run.step == 8
 

@@ -222,6 +222,8 @@ def test_with_gradual_unfreezing_the_best_epoch_is_restored_whole() -> None:
 
 
 class StopAt(Callback):
+    steers = False
+
     def __init__(self, step: int) -> None:
         self.step = step
 
@@ -288,8 +290,21 @@ def test_a_checkpoint_of_other_rates_is_refused(tmp_path: Path) -> None:
     settings, rows = TrainSettings(num_epochs=2, batch_size=8), {"train": make_rows(16)}
     checkpoint = Checkpoint(tmp_path / "run.ckpt")
     fit(make_tiny_bert(), rows, settings, callbacks=[LayerwiseRates(0.5), checkpoint, StopAt(2)])
-    with pytest.raises(FreezingError, match=r"other rates than those of factor=0\.9"):
+    with pytest.raises(ValueError, match=r"callbacks=LayerwiseRates\(factor=0\.5\), but this run has .*factor=0\.9"):
         fit(make_tiny_bert(), rows, settings, callbacks=[LayerwiseRates(0.9), checkpoint])
+
+
+@pytest.mark.parametrize("kind", ["LayerwiseRates", "GradualUnfreezing"])
+def test_a_checkpoint_on_the_wrong_side_is_refused_before_the_first_step(kind: str, tmp_path: Path) -> None:
+    """Resumed, the run would fail, or train an epoch with other groups than it had."""
+    checkpoint = Checkpoint(tmp_path / "run.ckpt")
+    if kind == "LayerwiseRates":
+        callbacks, order = [checkpoint, LayerwiseRates(0.5)], "put LayerwiseRates before Checkpoint"
+    else:
+        callbacks, order = [GradualUnfreezing(), checkpoint], "put Checkpoint before GradualUnfreezing"
+    with pytest.raises(FreezingError, match=f"A resumed run would not be the same: {order} in callbacks"):
+        fit(make_tiny_bert(), {"train": make_rows(16)}, TrainSettings(num_epochs=2), callbacks=callbacks)
+    assert not list(tmp_path.iterdir())
 
 
 def test_group_table_counts_and_names_rates() -> None:

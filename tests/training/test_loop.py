@@ -1,11 +1,13 @@
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from tiny_bert import make_rows, make_tiny_bert
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
-from ftkit.errors import TrainingError
+from ftkit.errors import SettingsError, TrainingError
 from ftkit.metrics import Evaluation
 from ftkit.training import loop
 from ftkit.training.batching import make_batch, row_lengths, training_batches
@@ -251,6 +253,8 @@ from ftkit.training.state import TrainSettings
 from ftkit.training.loop import fit
 
 class Slow(Callback):
+    steers = False
+
     def on_step(self, run):
         print("step", run.step, flush=True)
         time.sleep({pause})
@@ -327,6 +331,33 @@ def test_ctrl_c_returns_the_history_and_a_usable_model(tiny_data: dict, capsys: 
 
 
 # What goes wrong ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"lr": 5}, "lr=5 is not allowed: give a number above 0, up to 1 (peak learning rate of AdamW)."),
+        ({"lr": float("nan")}, "lr=nan is not allowed: give a number above 0, up to 1 (peak"),
+        ({"num_epochs": 0}, "num_epochs=0 is not allowed: give a whole number from 1 to 1,000 (passes over"),
+        ({"warmup": 1}, "warmup=1 is not allowed: give a number from 0, below 1 (share of"),
+        ({"max_grad_norm": 0}, "max_grad_norm=0 is not allowed: give a number above 0 (larger"),
+        ({"keep_best": "maybe"}, "keep_best='maybe' is not allowed: give true or false (end with"),
+        ({"schedule": "linaer"}, "schedule='linaer' is not allowed: did you mean 'linear'? Give one of linear, cosine"),
+        ({"best_by": "accurcy"}, "best_by='accurcy' is not allowed: did you mean 'accuracy'? Give one of accuracy, "),
+        (
+            {"class_weights": (1, "a")},
+            "class_weights=(1, 'a') is not allowed: give 'balanced', a number for each class",
+        ),
+        ({"epochs": 3, "lr": 1e-3}, "TrainSettings has no parameter 'epochs': did you mean 'num_epochs'? It has lr, "),
+        ({"lr": 5, "num_epochs": 0}, "lr=5 is not allowed"),
+    ],
+)
+def test_a_setting_that_is_not_allowed_is_refused_in_a_sentence(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        TrainSettings(**given)
+    assert type(refused.value) is SettingsError
+    assert str(refused.value).startswith(said)
+    assert re.fullmatch(r"[^\n]+\.", str(refused.value))
 
 
 def test_a_loss_that_is_not_finite_names_step_rows_and_cause(tiny_data: dict) -> None:

@@ -14,7 +14,7 @@ from ftkit.lab.schema import in_words
 if TYPE_CHECKING:
     import pandas as pd
 
-_SEED_SETTINGS = ("seed", "num_seeds")  # runs that differ only in these are pooled
+_NOT_COMPARED = ("seed", "num_seeds", "keep")  # runs that differ only in these are pooled
 
 _INTERVAL = (
     "95 % interval: for one run, the bootstrap over its rows and seeds; for several runs, mean ± 1.96 √(s²/n + "
@@ -168,13 +168,13 @@ def _comparison(notebook: str, runs: Sequence[Mapping[str, Any]]) -> RunTable:
 
 def _attributes(run: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that two runs must share to be repetitions with other seeds."""
-    settings = {name: value for name, value in run["settings"].items() if name not in _SEED_SETTINGS}
+    settings = {name: value for name, value in run["settings"].items() if name not in _NOT_COMPARED}
     return settings | {"stopped": run.get("ended", "finished") != "finished"}
 
 
-def _versions(run: Mapping[str, Any]) -> dict[tuple[str, Any], str]:
-    """Digests of the notebook and of each file that the run read, by parameter and file name."""
-    return {(name, run["parameters"].get(name)): digest for name, digest in run.get("digests", {}).items()}
+def _versions(run: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """Digests of the notebook and of the files that the run read, by parameter and file names."""
+    return {(name, json.dumps(run["parameters"].get(name))): digest for name, digest in run.get("digests", {}).items()}
 
 
 def _pooled(entries: Sequence[Mapping[str, Any]], run: Mapping[str, Any]) -> dict[str, Any]:

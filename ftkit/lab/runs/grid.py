@@ -29,11 +29,7 @@ MOST_RUNS = 10_000  # of a grid
 
 _RANGE = re.compile(r"\s*(-?\d{1,18})\.\.(-?\d{1,18})\s*")
 
-# A run of a grid. It ends, as after Ctrl-C, when the grid's process is gone: then its standard input ends.
-_CHILD = (
-    "import sys; from ftkit.lab.runs.grid import end_with_parent; end_with_parent(); "
-    "from ftkit.cli import main; sys.exit(main(sys.argv[1:]))"
-)
+COMMAND = "from ftkit.cli import main; sys.exit(main(sys.argv[1:]))"  # the script of a child that is a run
 
 
 @dataclass(frozen=True)
@@ -52,15 +48,21 @@ class Job:
 
 
 @dataclass
-class _Running:
-    """A job with its process and a file that receives the process's stderr."""
+class Child:
+    """A process of Python that ends, as after Ctrl-C, when the process that started it is gone.
 
-    job: Job
+    Attributes:
+        name: what it does, as text.
+        process: the process; its standard input ends with the process that started it.
+        output: a file that receives its stderr.
+    """
+
+    name: str
     process: subprocess.Popen[bytes]
     output: IO[bytes]
 
     def error(self) -> str | None:
-        """Error message in one line, None if the run finished."""
+        """Error message of the ended process in one line, None if it succeeded."""
         code = self.process.returncode
         if code == 0:
             return None
@@ -148,8 +150,32 @@ def plan(notebook: Path, axes: Mapping[str, Sequence[Any]], *, tier: str) -> lis
     return list(jobs.values())
 
 
+def missing_jobs(planned: Sequence[Job], out: Path, *, html: bool) -> list[Job]:
+    """Leave out the jobs that a folder's ledger lists as finished, and say how many these are.
+
+    Args:
+        planned: jobs from `plan`.
+        out: folder of the runs and their ledger.
+        html: a run without its ``report.html`` is missing, too.
+    """
+    finished = [e for e in read_ledger(out / LEDGER) if "identity" in e and not e["error"]]
+    wanted = "report.html" if html else ""
+    done = {entry["identity"] for entry in finished if (out / entry["id"] / wanted).exists()}
+    waiting = [job for job in planned if job.identity not in done]
+    if len(waiting) < len(planned):
+        print(f"{len(planned) - len(waiting)} of {len(planned)} runs are already done.", file=sys.stderr)
+    return waiting
+
+
 def run_grid(
-    notebook: Path, planned: Sequence[Job], *, tier: str, out: str | Path, html: bool = False, jobs: int = 1
+    notebook: Path,
+    planned: Sequence[Job],
+    *,
+    tier: str,
+    out: str | Path,
+    html: bool = False,
+    jobs: int = 1,
+    track: str | None = None,
 ) -> int:
     """Run the jobs that are not in the ledger yet, one process per run, with a progress bar on stderr.
 
@@ -162,6 +188,7 @@ def run_grid(
         out: folder of the runs and their ledger.
         html: also write ``report.html`` for each run.
         jobs: number of runs at the same time; if there are several, they share the cores equally.
+        track: as for ``run_notebook``; a run that is done is not repeated for it.
 
     Returns:
         Number of failed runs.
@@ -172,31 +199,26 @@ def run_grid(
     """
     from tqdm import tqdm
 
-    out = Path(out)
-    finished = [e for e in read_ledger(out / LEDGER) if "identity" in e and not e["error"]]
-    wanted = "report.html" if html else ""
-    done = {entry["identity"] for entry in finished if (out / entry["id"] / wanted).exists()}
-    waiting = [job for job in planned if job.identity not in done]
-    if len(waiting) < len(planned):
-        print(f"{len(planned) - len(waiting)} of {len(planned)} runs are already done.", file=sys.stderr)
-    command = [sys.executable, "-c", _CHILD, "run", str(notebook), "--tier", tier, "--out", str(out)]
-    command += ["--html"] if html else []
+    waiting = missing_jobs(planned, Path(out), html=html)
+    command = ["run", str(notebook), "--tier", tier, "--out", str(out), *(["--html"] if html else [])]
+    command += ["--track", track] if track else []
     jobs = min(jobs, len(waiting))
-    env = _limited(jobs)
-    running: list[_Running] = []
+    env = {**os.environ, **(threads_each(jobs) if jobs > 1 else {})}
+    running: list[Child] = []
     failed = 0
     bar = tqdm(total=len(waiting), desc="runs", unit="run", dynamic_ncols=True, disable=not waiting)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(_start(waiting.pop(0), command, env))
+                job = waiting.pop(0)
+                running.append(start_child(job.name, COMMAND, [*command, *parameter_options(job.parameters)], env=env))
             time.sleep(0.1)
             for run in [run for run in running if run.process.poll() is not None]:
                 running.remove(run)
                 run.process.stdin.close()
                 if error := run.error():
                     failed += 1
-                    bar.write(f"{run.job.name} failed: {error}", file=sys.stderr)
+                    bar.write(f"{run.name} failed: {error}", file=sys.stderr)
                 bar.update()
             if sys.stderr.isatty():
                 bar.refresh()  # keep the clock running during a long run
@@ -206,26 +228,40 @@ def run_grid(
     return failed
 
 
-def _start(job: Job, command: Sequence[str], env: Mapping[str, str]) -> _Running:
-    # as JSON, which `values_of` always reads back as one value
-    given = [f"--parameter={name}={json.dumps(value)}" for name, value in job.parameters.items()]
+def parameter_options(parameters: Mapping[str, Any]) -> list[str]:
+    """Options of ``ftkit run`` that give these parameters, as JSON, which `values_of` always reads as one value."""
+    return [f"--parameter={name}={json.dumps(value)}" for name, value in parameters.items()]
+
+
+def start_child(
+    name: str, script: str, arguments: Sequence[str], *, env: Mapping[str, str], folder: Path | None = None
+) -> Child:
+    """Start a process of this Python.
+
+    Args:
+        name: what it does, as text.
+        script: its code, in which ``sys`` is imported.
+        arguments: its command line.
+        env: its environment variables.
+        folder: its current folder; by default that of this process.
+    """
+    first = "import sys; from ftkit.lab.runs.grid import end_with_parent; end_with_parent(); "
     output = tempfile.TemporaryFile()  # noqa: SIM115 (a pipe would fill up, since nobody reads it)
     # a session of its own: Ctrl-C in the terminal then reaches only this process, which passes it on once
     process = subprocess.Popen(
-        [*command, *given],
+        [sys.executable, "-c", first + script, *arguments],
         env=env,
+        cwd=folder,
         stdin=subprocess.PIPE,  # the operating system closes it when this process is gone
         stdout=subprocess.DEVNULL,
         stderr=output,
         start_new_session=True,
     )
-    return _Running(job, process, output)
+    return Child(name, process, output)
 
 
-def _stop(running: Sequence[_Running]) -> None:
+def _stop(running: Sequence[Child]) -> None:
     """Ask the runs to write their reports and end; a second Ctrl-C kills them and their kernels."""
-    import psutil
-
     try:
         for run in running:
             if sys.platform != "win32":  # on Windows the console sends Ctrl-C to them, too
@@ -235,12 +271,28 @@ def _stop(running: Sequence[_Running]) -> None:
         for run in running:
             run.process.wait()
     except KeyboardInterrupt:
-        family = psutil.Process().children(recursive=True)
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(family, timeout=5)
+        kill_family(os.getpid(), itself=False)
         raise
+
+
+def kill_family(pid: int, *, itself: bool = True) -> None:
+    """Kill a process, if it still runs, and those that it has started, and wait until they are gone.
+
+    Args:
+        pid: number of the process.
+        itself: False kills only those that it has started.
+    """
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        family = process.children(recursive=True) + [process] * itself
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=5)
 
 
 def end_with_parent() -> None:
@@ -257,13 +309,11 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _limited(jobs: int) -> dict[str, str]:
-    """Environment variables for a job; several jobs at a time are limited to their share of the cores."""
-    if jobs <= 1:
-        return dict(os.environ)
+def threads_each(jobs: int) -> dict[str, str]:
+    """Environment variables that limit each of several runs at the same time to its share of the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(max(1, cores // jobs))
-    return {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), threads)}
+    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), threads)
 
 
 def _range(text: str) -> list[int]:

@@ -1,17 +1,19 @@
 """Run a notebook with parameters.
 
-A run is a folder ``OUT/<run id>/`` with the executed ``notebook.ipynb`` and the ``metrics.json`` that the notebook
-wrote through `save_metrics`, and a line in ``OUT/ledger.jsonl``.
+A run is a folder ``OUT/<run id>/`` with its ``settings.yaml``, the executed ``notebook.ipynb`` and the ``metrics.json``
+that the notebook wrote through `save_metrics`, and a line in ``OUT/ledger.jsonl``.
 """
 
 import ast
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,12 +21,15 @@ from typing import Any
 
 from ftkit import TIERS
 from ftkit.errors import SettingsError, did_you_mean, first_line
-from ftkit.lab.results import LEDGER, append_to_ledger, plain, results_table, writing
+from ftkit.lab.results import LEDGER, append_to_ledger, plain, results_table, write_whole, writing
 from ftkit.lab.runs.execution import execute
 from ftkit.lab.schema import in_words
 from ftkit.lab.settings import settings_of
+from ftkit.lab.settings_file import format_settings
 
-_AT_MOST = ("rows", "test_rows")  # a notebook may use fewer than given, if the data has no more
+_AT_MOST = ("rows", "test_rows", "examples")  # a notebook may use fewer than given, if the data has no more
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # of accelerate's, those that need only their package
 
 
 @dataclass
@@ -74,6 +79,7 @@ def run_notebook(
     tier: str = "cpu",
     out: str | Path = "runs",
     progress: bool = True,
+    track: str | None = None,
 ) -> Run:
     """Execute a notebook with papermill, in this Python environment and in the current folder.
 
@@ -87,21 +93,24 @@ def run_notebook(
         tier: smoke, cpu or gpu; the notebook's parameter of that name.
         out: folder in which the run's own folder is created.
         progress: show a bar on stderr with the number of executed cells and the heading of the current one.
+        track: one of ``TRACKERS``, which gets the losses of every ``fit`` and the scores; None for none.
 
     Returns:
         The run; it is in the ledger.
 
     Raises:
         FileNotFoundError: there is no such notebook.
-        ValueError: the tier or a parameter is unknown, or the file is not a notebook with one `parameters` cell;
-            nothing has run.
+        ValueError: the tier, a parameter or the tracker is unknown, or the file is not a notebook with one `parameters`
+            cell; nothing has run.
         OSError: the folder cannot be written; nothing has run and nothing is left.
     """
     source = find_notebook(notebook)
+    check_tracker(track)
     run = _new_run(source, {"tier": tier, **(parameters or {})}, Path(out))
-    env = {"FTKIT_RUN_DIR": str(run.folder), "FTKIT_TIER": run.tier}
+    env = {"FTKIT_RUN_DIR": str(run.folder), "FTKIT_TIER": run.tier, "FTKIT_TRACK": track or ""}
     run.error = "Interrupted"
     try:
+        write_whole(run.folder / "settings.yaml", settings_text(source, run.parameters))
         run.error, run.seconds, run.peak_rss_mib = execute(
             source, run.executed, run.parameters, env=env, progress=progress
         )
@@ -112,6 +121,52 @@ def run_notebook(
         else:  # nothing has run
             shutil.rmtree(run.folder, ignore_errors=True)
     return run
+
+
+def check_tracker(name: str | None) -> None:
+    """Refuse a tracker that is unknown or not installed.
+
+    Args:
+        name: one of ``TRACKERS``, or None for none.
+
+    Raises:
+        ValueError: it cannot be used; the message says what to do.
+    """
+    if name is not None and name not in TRACKERS:
+        raise ValueError(
+            f"There is no tracker {name!r}: {did_you_mean(name, TRACKERS)} The trackers are {', '.join(TRACKERS)}."
+        )
+    if name is not None and importlib.util.find_spec(name) is None:
+        raise ValueError(f"The tracker {name} is not installed: run `pip install {name}`, or leave --track out.")
+
+
+def settings_text(notebook: Path, given: Mapping[str, Any], grid: Mapping[str, Sequence[Any]] | None = None) -> str:
+    """Write the settings of a run, or of a grid, as the text of a settings file.
+
+    Args:
+        notebook: path of the notebook.
+        given: checked parameters, ``tier`` among them unless it varies.
+        grid: the values of the parameters that vary.
+    """
+    parameters = {name: plain(value, name) for name, value in given.items() if name != "tier"}
+    schema = settings_of(notebook)
+    return format_settings(
+        _name_of(notebook),
+        given.get("tier"),
+        parameters,
+        {name: plain(values, name) for name, values in (grid or {}).items()},
+        schema=schema,
+        defaults=None if schema else default_parameters(notebook),
+    )
+
+
+def _name_of(notebook: Path) -> str:
+    """What `find_notebook` finds a notebook by: its name alone, a path from the current folder, or a whole path."""
+    for name in (notebook.stem, os.path.relpath(notebook)):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # on another drive there is no relative path
+            if not name.startswith("..") and find_notebook(name) == notebook:
+                return name
+    return str(notebook)
 
 
 def make_out_folder(out: str | Path) -> Path:
@@ -184,6 +239,12 @@ def check_parameters(notebook: Path, given: Mapping[str, Any]) -> dict[str, tupl
     return {name: (known[name], value) for name, value in given.items() if name != "tier" and value != known[name]}
 
 
+def has_parameter(notebook: Path, name: str) -> bool:
+    """Whether a notebook has a parameter of this name."""
+    schema = settings_of(notebook)
+    return name in (schema.model_fields if schema else default_parameters(notebook))
+
+
 def identify(notebook: Path, given: Mapping[str, Any]) -> tuple[dict[str, str], str]:
     """Compute the digests that tell a run from other runs.
 
@@ -192,7 +253,7 @@ def identify(notebook: Path, given: Mapping[str, Any]) -> tuple[dict[str, str], 
         given: checked parameters, ``tier`` among them.
 
     Returns:
-        digests: digest of the notebook's code cells under "notebook", and of each file or folder that a parameter
+        digests: digest of the notebook's code cells under "notebook", and of the files and folders that a parameter
             names, under the parameter's name.
         identity: one digest of all these, the notebook's name and all parameters.
     """
@@ -350,7 +411,10 @@ def _code_digest(notebook: Path, changed_at: int) -> str:
 
 
 def _content_digest(value: Any) -> str | None:
-    """Digest of the file, or of the files in the folder, that a value names; None if it names none."""
+    """Digest of the files that a value names: a file, those in a folder, those of a list; None if it names none."""
+    if isinstance(value, list):
+        digests = [_content_digest(item) for item in value]
+        return _digest(json.dumps(digests)) if any(digests) else None
     if not isinstance(value, str) or not value:
         return None
     try:

@@ -11,6 +11,7 @@ import nbformat
 from bs4 import BeautifulSoup
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
+from nbconvert.filters import strip_ansi
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat.v4 import new_output
 from pygments.formatters import HtmlFormatter
@@ -21,6 +22,8 @@ from ftkit.lab.runs.notebooks import Run
 from ftkit.lab.settings import settings_of
 
 _LONG_MARKDOWN = 20_000  # characters; the time to convert Markdown can grow with the square of its length
+
+_LONG_COLOURED = 100_000  # characters; so does the time to convert escape sequences of colours
 
 _CODE_STYLE = "xcode"  # all its colours have enough contrast on a light background
 
@@ -125,16 +128,23 @@ def _is_static(output: nbformat.NotebookNode) -> bool:
     """Whether an output shows something without a kernel; removes widgets and scripts from it."""
     if output.output_type == "stream":
         # earlier states of a progress bar; tried only where a line begins, which may be a million characters long
-        output.text = re.sub(r"^[^\n]*\r(?!\n)", "", output.text, flags=re.MULTILINE)
+        output.text = _plain_if_long(re.sub(r"^[^\n]*\r(?!\n)", "", output.text, flags=re.MULTILINE))
         return bool(output.text.strip())
     if output.output_type == "error":
+        output.traceback = [_plain_if_long(part) for part in output.traceback]
         return True
     if output.data.pop("application/vnd.jupyter.widget-view+json", None) is not None:
         output.data.pop("text/plain", None)
     output.data.pop("application/javascript", None)
     if len(output.data.get("text/markdown", "")) > _LONG_MARKDOWN:
         output.data = {"text/plain": output.data["text/markdown"]}
+    if "text/plain" in output.data:
+        output.data["text/plain"] = _plain_if_long(output.data["text/plain"])
     return any(str(value).strip() for value in output.data.values())
+
+
+def _plain_if_long(text: str) -> str:
+    return strip_ansi(text) if len(text) > _LONG_COLOURED else text
 
 
 class _Renderer(IPythonRenderer):

@@ -5,27 +5,42 @@ import csv
 import hashlib
 import io
 import itertools
+import json
 import math
 import os
+import pickle
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftkit.errors import StudyError, first_line
 from ftkit.lab.machine import describe_machine, gpu_name
-from ftkit.lab.results import Outcome, write_whole
+from ftkit.lab.results import Outcome, plain, write_whole
+from ftkit.lab.runs.cluster import Call, as_sent, connect, read_packed
 from ftkit.lab.schema import in_words
 from ftkit.lab.studies.declaration import STUDIES_FOLDER, TEXT_COLUMNS, Declaration, read_declaration
 
 if TYPE_CHECKING:
     from filelock import FileLock
+    from tqdm import tqdm
+
+    from ftkit.lab.runs.cluster import Cluster
+
+
+# A child on a worker of a cluster: it reads a declaration and a row, runs the row and writes what is recorded of it.
+_ON_WORKER = "from ftkit.lab.studies.recording import record_on_worker; sys.exit(record_on_worker())"
 
 
 def run_study(
-    name: str, only: Mapping[str, Any] | None = None, progress: bool = True, *, folder: Path = STUDIES_FOLDER
+    name: str,
+    only: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    *,
+    folder: Path = STUDIES_FOLDER,
+    scheduler: str | None = None,
 ) -> Path:
-    """Run the missing rows of a study in this process and add each to ``NAME.csv`` as soon as it ends.
+    """Run the missing rows of a study, in this process or on a cluster, and add each to ``NAME.csv`` when it ends.
 
     The file is replaced as a whole, under a lock. A study can therefore be killed at any moment and continued later,
     and several processes can share it: each row is run by one of them. The variable FTKIT_TIER is ignored.
@@ -35,6 +50,7 @@ def run_study(
         only: values that a row must have to be run: a value or a list of values by varied parameter, or by ``seed``.
         progress: show a bar on stderr with the current row, the number of rows left and the remaining time.
         folder: folder of the declaration and of the recorded rows.
+        scheduler: address of the scheduler of a dask.distributed cluster, on whose workers the rows run then.
 
     Returns:
         Path of the CSV.
@@ -44,36 +60,107 @@ def run_study(
         ValueError: a value is not allowed, or no row has a value in ``only``; nothing has run.
         StudyError: the recorded rows come from other code, or rows failed. Each failure was reported; the other rows
             are recorded.
-        KeyboardInterrupt: after Ctrl-C; the current row is not recorded.
+        ClusterError: the scheduler cannot be used, or it has gone. The rows that have ended are recorded.
+        KeyboardInterrupt: after Ctrl-C; the current rows are not recorded.
     """
-    from filelock import Timeout
     from tqdm import tqdm
 
     declaration = read_declaration(name, folder)
     chosen = declaration.having(**(only or {}))
-    here = describe_machine()
-    about = {key: value for key, value in here.items() if key in TEXT_COLUMNS}
-    about["machine"] = ", ".join(filter(None, [about["machine"], gpu_name()]))
     recorded = _same_code(declaration)
     todo = [row for row in chosen if declaration.key(row) not in recorded]
-    failed = 0
-    with tqdm(total=len(todo), desc=name, unit="row", disable=not progress) as bar:
-        for wait in (False, True):  # then wait for rows of other processes, one of which may have been killed
-            busy = []
-            for row in todo:
-                try:
-                    with _lock(declaration, declaration.key(row)).acquire(blocking=wait):
-                        if declaration.key(row) not in _same_code(declaration):
-                            bar.set_postfix_str(_row_label(row))
-                            failed += not _attempt(declaration, row, about)
-                except Timeout:
-                    busy.append(row)
-                    continue
-                bar.update()
-            todo = busy
+    with (
+        connect(scheduler) if scheduler and todo else contextlib.nullcontext() as cluster,
+        tqdm(total=len(todo), desc=name, unit="row", disable=not progress) as bar,
+    ):
+        failed = _run_on(cluster, declaration, todo, bar) if cluster else _run_here(declaration, todo, bar)
     if failed:
         raise StudyError(f"{failed} rows of {name} failed, as reported above: fix the cause and run the study again.")
     return declaration.csv
+
+
+def _run_here(declaration: Declaration, todo: list[dict[str, Any]], bar: "tqdm") -> int:
+    """Run rows one after the other; return how many failed."""
+    about, failed = _about(), 0
+    for row, lock in _free_rows(declaration, todo, bar):
+        with lock:
+            bar.set_postfix_str(_row_label(row))
+            failed += not _attempt(declaration, row, about)
+        bar.update()
+    return failed
+
+
+def _run_on(cluster: "Cluster", declaration: Declaration, todo: list[dict[str, Any]], bar: "tqdm") -> int:
+    """Run rows on the workers of a cluster, as many at a time as these have threads; return how many failed."""
+    declaration.cells, declaration.code  # noqa: B018 (read once, and sent with the rest)
+    for values in (declaration.fixed, *todo):
+        if own := as_sent(values)[1]:
+            raise StudyError(
+                f"The study {declaration.name} uses {next(iter(own.values()))}, which the workers of a cluster do not "
+                "have: run it without --scheduler."
+            )
+    sent = cluster.send({"declaration": pickle.dumps(declaration)})
+    calls = (
+        Call(lock, _row_label(row), _ON_WORKER, [json.dumps(row)], [sent])
+        for row, lock in _free_rows(declaration, todo, bar)
+    )
+    failed = 0
+    for call, returned in cluster.run(calls, bar):
+        with call.item:
+            if returned.error:
+                bar.write(f"{call.name} failed: {returned.error}", file=sys.stderr)
+                failed += 1
+            else:
+                _append(declaration, json.loads(read_packed(returned.packed, "out/record.json")))
+        bar.update()
+    return failed
+
+
+def record_on_worker() -> int:
+    """Run the row in the command line with the declaration in ``../declaration``, and write ``../out/record.json``.
+
+    Returns:
+        The exit code; 1 if the row failed, and stderr then ends with a line that says why.
+    """
+    declaration = pickle.loads(Path("../declaration").read_bytes())
+    row = json.loads(sys.argv[1])
+    try:
+        record = _recorded(declaration, row, _about())
+        write_whole(Path("../out/record.json"), json.dumps(plain(record, "record")))
+    except Exception as error:
+        print(f"{type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _free_rows(
+    declaration: Declaration, todo: list[dict[str, Any]], bar: "tqdm"
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """The rows that no other process has recorded or runs now, each with its lock, which the caller releases."""
+    from filelock import Timeout
+
+    for wait in (False, True):  # then wait for rows of other processes, one of which may have been killed
+        busy = []
+        for row in todo:
+            lock = _lock(declaration, declaration.key(row))
+            try:
+                held = lock.acquire(blocking=wait)
+            except Timeout:
+                busy.append(row)
+                continue
+            if declaration.key(row) not in _same_code(declaration):
+                yield row, held
+            else:
+                lock.release()
+                bar.update()
+        todo = busy
+
+
+def _about() -> dict[str, str]:
+    """The columns of a row that describe this machine."""
+    here = describe_machine()
+    about = {key: value for key, value in here.items() if key in TEXT_COLUMNS}
+    return about | {"machine": ", ".join(filter(None, [about["machine"], gpu_name()]))}
 
 
 def _attempt(declaration: Declaration, row: Mapping[str, Any], about: Mapping[str, str]) -> bool:
@@ -81,15 +168,20 @@ def _attempt(declaration: Declaration, row: Mapping[str, Any], about: Mapping[st
     from tqdm import tqdm
 
     try:
-        outcome = _outcome(declaration, row)
-        if outcome.history.ended == "interrupted":
-            raise KeyboardInterrupt
-        record = _record(row, outcome) | about | {"code": declaration.code}
+        record = _recorded(declaration, row, about)
     except Exception as error:
         tqdm.write(f"{_row_label(row)} failed: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
         return False
     _append(declaration, record)
     return True
+
+
+def _recorded(declaration: Declaration, row: Mapping[str, Any], about: Mapping[str, str]) -> dict[str, Any]:
+    """Run a row and return its columns; raises KeyboardInterrupt if it was interrupted."""
+    outcome = _outcome(declaration, row)
+    if outcome.history.ended == "interrupted":
+        raise KeyboardInterrupt
+    return _record(row, outcome) | about | {"code": declaration.code}
 
 
 def _outcome(declaration: Declaration, row: Mapping[str, Any]) -> Outcome:

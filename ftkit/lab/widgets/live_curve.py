@@ -37,6 +37,8 @@ class LiveCurve(Callback):
         total_steps: steps planned for the current seed, summed over the training runs started so far.
     """
 
+    steers = False
+
     def __init__(self) -> None:
         self.status, self.image = ipywidgets.HTML(), ipywidgets.HTML()
         self.stop = threading.Event()

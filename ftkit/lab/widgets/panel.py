@@ -3,7 +3,7 @@
 import html
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 from IPython import get_ipython
-from ipywidgets import HTML, Button, Dropdown, HBox, VBox
+from ipywidgets import HTML, Accordion, Button, Dropdown, HBox, VBox
+from torch import nn
 
 from ftkit.errors import SettingsError
+from ftkit.lab.kept.keeping import LastModel, write_model
 from ftkit.lab.machine import release_threads
 from ftkit.lab.results import (
     LEDGER,
@@ -25,6 +27,7 @@ from ftkit.lab.results import (
     runs_folder,
 )
 from ftkit.lab.schema import NotebookSettings, in_words
+from ftkit.lab.settings_file import format_settings, write_command
 from ftkit.lab.widgets.controls import StaticPanel, make_controls
 from ftkit.lab.widgets.display import in_one_line, somebody_is_there
 from ftkit.lab.widgets.live_curve import LiveCurve
@@ -135,6 +138,20 @@ def comparison_html(first: PanelRun, second: PanelRun) -> str:
     )
 
 
+def copy_html(settings: NotebookSettings) -> str:
+    """What runs the whole lesson with these settings, as HTML to copy: a command, and a file for it."""
+    given = {name: value for name, (_, value) in settings.differing().items()}
+    command = write_command(settings.NOTEBOOK, settings.tier, given)
+    file = format_settings(settings.NOTEBOOK, settings.tier, given)
+    # a click selects the whole text; long lines wrap, and nothing is added where they do
+    style = "margin: 0 0 0.6em; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.4; user-select: all"
+    texts = {"In a shell:": command, "Or, as a file for `ftkit run --settings`:": file}
+    return "".join(
+        f'<div class="{NO_MATH}">{html.escape(label)}<pre tabindex="0" style="{style}">{html.escape(text)}</pre></div>'
+        for label, text in texts.items()
+    )
+
+
 def _verdict(first: PanelRun, second: PanelRun, a: str, b: str) -> str:
     ours, theirs = first.evaluations, second.evaluations
     if first.split != second.split or not np.array_equal(ours[0].labels, theirs[0].labels):
@@ -152,7 +169,10 @@ def _verdict(first: PanelRun, second: PanelRun, a: str, b: str) -> str:
 _Train = Callable[[Any, int, Sequence[Callback]], Outcome]
 
 
-def panel(settings: NotebookSettings, train: _Train) -> "Panel | StaticPanel":
+_How = Callable[[Any], Mapping[str, Any]]
+
+
+def panel(settings: NotebookSettings, train: _Train, *, how: _How | None = None) -> "Panel | StaticPanel":
     """Show the control panel; use it as the last expression of a cell.
 
     If nobody is there to use it, a static preview takes its place. While a run trains, do not run cells that train or
@@ -162,12 +182,14 @@ def panel(settings: NotebookSettings, train: _Train) -> "Panel | StaticPanel":
         settings: values at the start; its ``PANEL`` names the settings that get a control.
         train: function called as ``train(settings, seed, callbacks)`` for one seed after the other. It trains with
             ``fit(…, callbacks=callbacks)`` and returns the outcome.
+        how: called as ``how(settings)`` for what ``write_model`` needs to keep a model that was trained with these
+            settings, such as its template and verbalizer; by default nothing.
     """
-    return Panel(settings, train) if somebody_is_there() else StaticPanel(settings)
+    return Panel(settings, train, how=how) if somebody_is_there() else StaticPanel(settings)
 
 
 class Panel:
-    """Widget with controls, buttons, live curve, table of runs and their comparison; see ``panel``.
+    """Widget with controls, buttons, live curve, table of runs, their comparison and their command; see ``panel``.
 
     A run trains in a thread, so that the kernel stays free; only one panel at a time can train.
 
@@ -179,14 +201,18 @@ class Panel:
 
     _training: ClassVar["Panel | None"] = None  # two runs of `fit` at once would share the global random generators
 
-    def __init__(self, settings: NotebookSettings, train: _Train) -> None:
-        self.settings, self.train = settings, train
+    def __init__(self, settings: NotebookSettings, train: _Train, *, how: _How | None = None) -> None:
+        self.settings, self.train, self.how = settings, train, how
+        self._trained: nn.Module | None = None  # by the last seed of the last run
+        self._started = datetime.now().astimezone()  # the last run
         self.controls = make_controls(settings)
         self.runs: list[PanelRun] = []
         self.thread: threading.Thread | None = None
         self.train_button = Button(description="Train", button_style="primary", tooltip="train with these settings")
         self.stop_button = Button(description="Stop", disabled=True, tooltip="end the run after this step and keep it")
         self.reset_button = Button(description="Reset", tooltip="return to the settings at the start")
+        self.keep_button = Button(description="Keep this model", disabled=True, tooltip="write it into runs/kept/")
+        self.keep_button.on_click(self._keep)
         self.train_button.on_click(self._start)
         self.stop_button.on_click(self._stop)
         self.reset_button.on_click(self._reset)
@@ -197,13 +223,19 @@ class Panel:
         self.first.observe(self._show_comparison, "value")
         self.second.observe(self._show_comparison, "value")
         self._pair = VBox([HBox([self.first, self.second]), self.comparison], layout={"display": "none"})
+        self.copy = HTML()
+        folded = Accordion([self.copy], titles=["These settings as a command and as a file"], selected_index=None)
+        for control in self.controls.values():
+            control.widget.observe(self._show_copy, "value")
+        self._show_copy()
 
         left = VBox(
             [control.widget for control in self.controls.values()], layout={"width": "330px", "margin": "0 12px 0 0"}
         )
-        buttons = HBox([self.train_button, self.stop_button, self.reset_button])
+        keep = [self.keep_button] if "keep" in type(settings).model_fields else []
+        buttons = HBox([self.train_button, self.stop_button, self.reset_button, *keep], layout={"flex_flow": "wrap"})
         right = VBox([buttons, self.curve.status, self.curve.image], layout={"width": "500px", "flex": "1 1 auto"})
-        self._box = VBox([HBox([left, right], layout={"flex_flow": "row wrap"}), self.table, self._pair])
+        self._box = VBox([HBox([left, right], layout={"flex_flow": "row wrap"}), self.table, self._pair, folded])
         if get_ipython() is not None:  # after each cell, in its own thread, which may not be that of a click
             get_ipython().events.register("post_run_cell", _release_threads)
 
@@ -216,15 +248,25 @@ class Panel:
             self.stop_button.disabled = False
             return
         try:
-            chosen = self.settings.changed(**{name: control.value for name, control in self.controls.items()})
+            chosen = self._chosen()
         except SettingsError as error:
             self.curve.say(str(error), "alert")
             return
-        Panel._training = self
-        self.train_button.disabled, self.stop_button.disabled = True, False
+        Panel._training, self._trained = self, None
+        self.train_button.disabled, self.stop_button.disabled, self.keep_button.disabled = True, False, True
         self.curve.begin(seeds_of(chosen))
         self.thread = threading.Thread(target=self._run, args=[chosen], daemon=True)
         self.thread.start()
+
+    def _chosen(self) -> NotebookSettings:
+        """The settings in the controls; raises SettingsError for a text that is not allowed."""
+        return self.settings.changed(**{name: control.value for name, control in self.controls.items()})
+
+    def _show_copy(self, _: Any = None) -> None:
+        try:
+            self.copy.value = copy_html(self._chosen())
+        except SettingsError as error:
+            self.copy.value = f'<div class="{NO_MATH}">{html.escape(str(error))}</div>'
 
     def _stop(self, _: Button) -> None:
         self.stop_button.disabled = True
@@ -238,7 +280,7 @@ class Panel:
 
     def _run(self, chosen: NotebookSettings) -> None:
         """Train all seeds, in a thread; the panel shows an error if there is one."""
-        started = datetime.now().astimezone()
+        started = self._started = datetime.now().astimezone()
         try:
             with Meter() as cost:
                 outcomes, error = self._train_seeds(chosen)
@@ -257,6 +299,7 @@ class Panel:
         finally:
             Panel._training = None
             self.train_button.disabled, self.stop_button.disabled = False, True
+            self.keep_button.disabled = self._trained is None
 
     def _train_seeds(self, chosen: NotebookSettings) -> tuple[list[Outcome], str | None]:
         """Train one seed after the other; returns their outcomes and the error that ended the run, if any."""
@@ -265,15 +308,51 @@ class Panel:
             if self.curve.stop.is_set():
                 break
             self.curve.begin_seed(seed)
+            last = LastModel()
             try:
-                outcome = self.train(chosen, seed, [self.curve])
+                outcome = self.train(chosen, seed, [self.curve, last])
             except Exception as problem:
+                self._trained = None
                 return outcomes, in_one_line(problem)
             finally:
                 self.curve.end_seed()
             if outcome.history.steps or not self.curve.stop.is_set():  # stopped before the first step: untrained
                 outcomes.append(outcome)
+                self._trained = last.model
         return outcomes, None
+
+    def _keep(self, _: Button) -> None:
+        if Panel._training is not None:
+            self.curve.say("A panel is training: wait until its run ends, then keep this model.", "alert")
+            return
+        Panel._training = self
+        self.train_button.disabled = self.keep_button.disabled = True
+        self.curve.say("Writing the model …")
+        self.thread = threading.Thread(target=self._write_model, daemon=True)
+        self.thread.start()
+
+    def _write_model(self) -> None:
+        """Write the model of the last run, in a thread; the panel shows an error if there is one."""
+        run = self.runs[-1]
+        last = run.outcomes[-1]
+        name = f"{run.settings.NOTEBOOK}-{self._started:%Y%m%d-%H%M%S}"
+        try:
+            write_model(
+                self._trained,
+                runs_folder() / "kept" / name,
+                run.settings,
+                method=getattr(run.settings, "method", "full"),
+                seed=last.seed,
+                test=last.evaluations.get("test"),
+                **(self.how(run.settings) if self.how else {}),
+            )
+            several = f", seed {last.seed}, its last," if len(run.outcomes) > 1 else ""
+            self.curve.say(f"The model of run {run.number}{several} is in runs/kept/{name}.", "status")
+        except Exception as problem:
+            self.curve.say(in_one_line(problem), "alert")
+        finally:
+            Panel._training = None
+            self.train_button.disabled = self.keep_button.disabled = False
 
     def _add(self, run: PanelRun) -> None:
         """Add a run to the table and compare it with the reference run that the reader chose."""
