@@ -1,8 +1,10 @@
 """Accuracy, F1, calibration error, confidence intervals and paired comparison."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -118,13 +120,45 @@ def bootstrap_interval(correct: ArrayLike, *, seed: int = 0) -> tuple[float, flo
     return float(lower), float(upper)
 
 
+def counts_interval(
+    confusion: ArrayLike, score: Callable[[NDArray[np.int64]], float], *, seed: int = 0
+) -> tuple[float, float]:
+    """95 % bootstrap interval, over rows, of a score that depends on the confusion matrix alone.
+
+    To resample N rows is to draw the counts of the cells from a multinomial distribution, so that a million rows cost
+    no more than a hundred.
+
+    Args:
+        confusion: counts by true class (row) and predicted class (column), shape (C, C); at least one row.
+        score: ``macro_f1``, ``balanced_accuracy`` or another function of such counts.
+        seed: of the resampling.
+
+    Returns:
+        Lower and upper end.
+    """
+    confusion = np.asarray(confusion)
+    filled, rng = confusion.nonzero(), np.random.default_rng(seed)
+    cells, resampled = confusion[filled], np.zeros_like(confusion)
+    scores = np.empty(NUM_RESAMPLES)
+    for i in range(NUM_RESAMPLES):
+        resampled[filled] = rng.multinomial(cells.sum(), cells / cells.sum())
+        scores[i] = score(resampled)
+    lower, upper = np.quantile(scores, [0.025, 0.975])
+    return float(lower), float(upper)
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """Two models compared on the same rows.
+    """Two models compared on the same rows, with the same seeds.
 
     Attributes:
-        difference: accuracy of the first minus accuracy of the second.
-        ci95: 95 % bootstrap interval of that difference.
+        difference: mean score of the first minus mean score of the second.
+        ci95: 95 % interval of that difference.
+        detectable: the true difference that such a comparison tells from 0 in 80 of 100 repetitions. It is estimated,
+            like the interval.
+        num_seeds: S; with one, the interval stands for other rows, but not for other training runs.
+        num_rows: N; None if only one score per seed is known, and the interval stands for other training runs on the
+            same rows.
         p_value: of the exact test of McNemar (1947): how likely is a split at least as uneven, if a coin decides which
             model is correct on each row where only one is? None for several seeds, whose predictions for one row are
             not independent.
@@ -132,37 +166,139 @@ class Comparison:
 
     difference: float
     ci95: tuple[float, float]
+    detectable: float
+    num_seeds: int
+    num_rows: int | None
     p_value: float | None
 
     @property
     def verdict(self) -> str:
         """What the interval says, worded to stand between the names of the two models."""
         low, high = self.ci95
+        if low == high:  # without any spread, there is nothing to judge the difference by
+            return "can't be told from"
         return "is better than" if low > 0 else "is worse than" if high < 0 else "can't be told from"
 
+    def sentence(self, first: str, second: str) -> str:
+        """The verdict with its numbers, without a full stop, for a text or a table.
 
-def compare(correct_a: ArrayLike, correct_b: ArrayLike) -> Comparison:
-    """Compare two models row by row; this detects smaller differences than two separate intervals.
+        "lora is better than bitfit by 0.114 [0.082, 0.146]", or "lora and adapter can't be told apart: -0.003 [-0.020,
+        +0.014]; a difference of 0.025 would have been seen". Where the interval leaves other rows or other seeds out,
+        it says so. The half width of the interval has two digits.
+
+        Args:
+            first, second: names of the two models; an underscore is written as a space.
+        """
+        first, second = first.replace("_", " "), second.replace("_", " ")
+        low, high = self.ci95
+        digits = self._digits()
+        scope = " with this one seed" if self.num_seeds == 1 else " on these rows" if self.num_rows is None else ""
+        if "told" not in self.verdict:
+            size, *ends = (f"{abs(value):.{digits}f}" for value in (self.difference, *sorted((low, high), key=abs)))
+            return f"{first} {self.verdict} {second} by {size} [{', '.join(ends)}]{scope}"
+        said = f"{first} and {second} can't be told apart{scope}: {self.difference:+z.{digits}f}"
+        if low == high:
+            return f"{said} each time, and without a spread that can't be judged"
+        said += f" [{low:+z.{digits}f}, {high:+z.{digits}f}]"
+        if not np.isfinite(self.detectable):
+            return f"{said}; this comparison is too small to see any difference"
+        return f"{said}; a difference of {self.detectable:.{digits}f} would have been seen"
+
+    def _digits(self) -> int:
+        """Decimal places for two digits of the half width, and for one of an end that must not be rounded to 0."""
+        low, high = self.ci95
+        smallest = (high - low) / 20
+        if "told" not in self.verdict:
+            smallest = min(smallest, abs(low), abs(high))
+        return max(0, -math.floor(math.log10(smallest))) if smallest else 3
+
+
+def compare(scores_a: ArrayLike, scores_b: ArrayLike, *, by: Literal["row", "seed"] = "row") -> Comparison:
+    """Compare two models row by row and seed by seed; this detects smaller differences than two separate intervals.
+
+    The squared half width of the interval is the sum of two. One is that of the t interval of the differences of the S
+    seeds: what other seeds would change. The other is what other rows would change for all seeds alike. In simulations
+    with equal models, of 100 comparisons with 2 to 10 seeds about 5 find a difference, or fewer. With one seed there is
+    only the second part.
 
     Args:
-        correct_a, correct_b: 1 where the model is correct, else 0; shape (N,) or (seeds, N), the same rows in the same
-            order.
+        scores_a, scores_b: score of each row, such as 1 where the model is correct, else 0; shape (N,) or (S, N), the
+            same rows and seeds in the same order. More is better: of a loss, pass the negative. Or, if no more is on
+            record, the score of each seed over all rows, shape (S,).
+        by: what scores of shape (N,) belong to: a row each, or a seed each.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, there are no rows, or there is one score only.
     """
     from scipy.stats import binomtest
 
-    a, b = np.asarray(correct_a, dtype=float), np.asarray(correct_b, dtype=float)
+    a, b = np.asarray(scores_a, dtype=float), np.asarray(scores_b, dtype=float)
     if a.shape != b.shape:
         raise ValueError(
-            f"A paired comparison needs the same rows, but got {a.size} and {b.size}: evaluate both on one split."
+            f"A paired comparison needs the same {by}s, but got {a.size} and {b.size}: evaluate both on one split."
         )
     p_value = None
-    if a.ndim == 1:
+    if a.ndim == 1 and by == "row":
         only_a, only_b = int(np.sum(a > b)), int(np.sum(b > a))
         p_value = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    return Comparison(float(np.mean(a - b)), bootstrap_interval(a - b), p_value)
+    of_rows = by == "row" or a.ndim > 1
+    differences = np.atleast_2d(a - b) if of_rows else (a - b)[:, None]
+    num_seeds, num_rows = differences.shape
+    if differences.size < 2:
+        raise ValueError(f"A comparison needs at least two {by}s, but got {differences.size}: pass more.")
+
+    difference = float(differences.mean())
+    arms, reaches = zip(_seed_part(differences), _row_part(differences, np.isin([a, b], [0, 1]).all()), strict=True)
+    arm, reach = math.hypot(*arms), math.hypot(*reaches)
+    if arm < 1e-12:  # 0.6 - 0.5 is not quite 0.2 - 0.1, but that is no spread
+        arm = 0.0
+    low, high = difference - arm, difference + arm
+    if np.min([a, b]) >= 0 and np.max([a, b]) <= 1:  # shares: they differ by 1 at most
+        low, high, reach = max(low, -1.0), min(high, 1.0), reach if reach <= 1 else math.inf
+    return Comparison(difference, (low, high), reach, num_seeds, num_rows if of_rows else None, p_value)
+
+
+def _seed_part(differences: NDArray[np.float64]) -> tuple[float, float]:
+    """What the choice of seeds adds to half the interval and to the detectable difference; of shape (S, N)."""
+    num_seeds = len(differences)
+    if num_seeds == 1:
+        return 0.0, 0.0
+    return _arm_and_reach(differences.mean(axis=1).std(ddof=1) / math.sqrt(num_seeds), num_seeds - 1)
+
+
+def _row_part(differences: NDArray[np.float64], right_or_wrong: bool) -> tuple[float, float]:
+    """The same of the choice of rows: the variance that the seeds share, as in a two-way analysis of variance."""
+    num_seeds, num_rows = differences.shape
+    if num_rows == 1:
+        return 0.0, 0.0
+    variance = differences.mean(axis=0).var(ddof=1)
+    if num_seeds > 1:
+        rest = differences - differences.mean(axis=0) - differences.mean(axis=1, keepdims=True) + differences.mean()
+        noise = (rest**2).sum() / ((num_seeds - 1) * (num_rows - 1))
+        variance = max(variance - noise / num_seeds, 0.0)
+    squared = variance / num_rows
+    if right_or_wrong:  # models that agree on all of few rows need not agree on the next (Agresti and Min, 2005)
+        squared += 1 / num_rows**2
+    return _arm_and_reach(math.sqrt(squared), num_rows - 1)
+
+
+def _arm_and_reach(error: float, freedom: int) -> tuple[float, float]:
+    """Half the 95 % interval, and the difference seen with a power of 80 %, for a standard error of a mean."""
+    from scipy.stats import chi2, t
+
+    # half of all estimates of the error are smaller than the median, which is below the true one
+    typical = error / math.sqrt(chi2.median(freedom) / freedom)
+    return error * t.ppf(0.975, freedom), typical * _noncentrality(freedom)
+
+
+@cache
+def _noncentrality(freedom: int) -> float:
+    """True difference, in true standard errors, that a t test at 5 % finds with a power of 80 %."""
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
+
+    bound = t.ppf(0.975, freedom)
+    return brentq(lambda shift: nct.sf(bound, freedom, shift) - 0.8, 0, 3 * bound)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
 from ftkit import metrics
-from ftkit.metrics import Evaluation, bootstrap_interval, compare, expected_calibration_error, over_seeds
+from ftkit.metrics import Comparison, Evaluation, bootstrap_interval, compare, expected_calibration_error, over_seeds
 
 
 @pytest.fixture
@@ -149,9 +151,12 @@ def test_the_p_value_is_that_of_a_binomial_test_on_the_rows_that_differ(only_a: 
     assert comparison.ci95[0] <= comparison.difference <= comparison.ci95[1]
 
 
-def test_two_models_with_the_same_predictions_do_not_differ() -> None:
-    comparison = compare([True, False, True], [True, False, True])
-    assert (comparison.difference, comparison.ci95, comparison.p_value) == (0, (0, 0), 1)
+def test_two_models_with_the_same_predictions_do_not_differ_but_might_on_other_rows() -> None:
+    few, many = compare([True, False, True], [True, False, True]), compare([1, 0] * 100, [1, 0] * 100)
+    assert few.difference == many.difference == 0
+    assert few.p_value == many.p_value == 1
+    assert few.ci95 == (-1, 1)
+    assert many.ci95 == pytest.approx((-0.01, 0.01), abs=2e-4)
 
 
 def test_a_paired_interval_is_narrower_than_an_unpaired_one(rng: np.random.Generator) -> None:
@@ -197,13 +202,131 @@ def test_over_seeds_returns_the_mean_and_its_interval() -> None:
         over_seeds([seeds[0], make_evaluation(labels[::-1], labels)])
 
 
-def test_compare_over_seeds_resamples_rows_and_seeds_and_gives_a_verdict() -> None:
+# Verdicts -----------------------------------------------------------------------------------------------------
+
+
+def make_pair(
+    rng: np.random.Generator, num_seeds: int, of_seed: float, of_row: float, noise: float, better: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of two models on 150 rows whose expected scores differ by ``better``; the differences depend on all."""
+    shape = (num_seeds, 150)
+    common = rng.normal(size=shape)
+    seeds, rows = rng.normal(0, of_seed, (num_seeds, 1)), rng.normal(0, of_row, 150)
+    return common + better + seeds + rows + rng.normal(0, noise, shape), common
+
+
+def make_correct(
+    rng: np.random.Generator, num_seeds: int, of_seed: float, of_row: float, noise: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of 150 rows two models with equal expected accuracy classify correctly; rows are difficult for both."""
+    difficulty, shape = 1 - rng.normal(size=150), (num_seeds, 150)
+    drawn = (
+        rng.normal(0, of_seed, (num_seeds, 1)) + rng.normal(0, of_row, 150) + rng.normal(0, noise, shape)
+        for _ in range(2)
+    )
+    a, b = (difficulty + scores > 0 for scores in drawn)
+    return a, b
+
+
+# standard deviations of seeds, rows and the rest: either of the first two dominates, both matter, or neither
+REGIMES = {"seeds": (0.3, 0.1, 0.4), "rows": (0.01, 1.0, 0.4), "both": (0.1, 0.8, 0.4), "neither": (0.0, 0.0, 0.7)}
+
+
+@pytest.mark.parametrize("make", [make_pair, make_correct])
+@pytest.mark.parametrize("num_seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_of_comparisons_of_equal_models_no_more_than_5_in_100_find_a_difference(
+    regime: str, num_seeds: int, make: Callable
+) -> None:
+    rng = np.random.default_rng(0)
+    told = [compare(*make(rng, num_seeds, *REGIMES[regime])).verdict for _ in range(400)]
+    assert told.count("is better than") + told.count("is worse than") <= 28  # 2 standard deviations above 20
+
+
+@pytest.mark.parametrize("num_seeds", [3, 5, 10])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_the_detectable_difference_is_seen_in_80_of_100_comparisons(regime: str, num_seeds: int) -> None:
+    rng = np.random.default_rng(1)
+    spread = REGIMES[regime]
+    detectable = np.median([compare(*make_pair(rng, num_seeds, *spread)).detectable for _ in range(400)])
+    seen = [compare(*make_pair(rng, num_seeds, *spread, better=detectable)).verdict for _ in range(400)]
+    assert 0.73 <= seen.count("is better than") / 400 <= 0.87
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5, 10])
+def test_of_scores_by_seed_the_interval_is_that_of_a_paired_t_test(num_seeds: int) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.8, 0.02, num_seeds), rng.normal(0.7, 0.02, num_seeds)
+    comparison = compare(a, b, by="seed")
+    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert comparison.ci95 == pytest.approx((max(expected.low, -1), min(expected.high, 1)))
+    assert (comparison.num_seeds, comparison.num_rows, comparison.p_value) == (num_seeds, None, None)
+
+
+def test_with_one_seed_the_rows_alone_decide_and_the_sentence_says_so() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.random(400) < 0.9, rng.random(400) < 0.6
+    one = compare(a, b)
+    assert one.num_seeds == 1 and one.num_rows == 400
+    assert compare(a[None], b[None]).ci95 == one.ci95
+    half = 1.96 * (a.astype(float) - b).std() / 20
+    assert one.ci95 == pytest.approx((one.difference - half, one.difference + half), abs=0.002)
+    assert one.sentence("lora", "bitfit").endswith("] with this one seed")
+    assert "can't be told apart with this one seed: " in compare(a, rng.permuted(a)).sentence("x", "y")
+
+
+def test_a_verdict_in_words() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.random((3, 400)) < 0.9, rng.random((3, 400)) < 0.6
     comparison = compare(a, b)
     assert comparison.difference == pytest.approx(a.mean() - b.mean())
-    assert comparison.ci95 == bootstrap_interval(a.astype(float) - b)
     assert comparison.p_value is None
     assert comparison.verdict == "is better than"
     assert compare(b, a).verdict == "is worse than"
     assert compare(a[0], rng.permuted(a[0])).verdict == "can't be told from"
+
+
+def said(difference: float, half: float, *, seen: float = 0.03, seeds: int = 5, rows: int | None = 100) -> str:
+    """The sentence of a comparison with this result."""
+    ends = (difference - half, difference + half)
+    return Comparison(difference, ends, seen, seeds, rows, None).sentence("lora", "prompt_tuning")
+
+
+def test_sentences() -> None:
+    assert said(0.11, 0.03) == "lora is better than prompt tuning by 0.110 [0.080, 0.140]"
+    assert said(-0.11, 0.03) == "lora is worse than prompt tuning by 0.110 [0.080, 0.140]"
+    assert said(-0.11, 0.03, rows=None) == "lora is worse than prompt tuning by 0.110 [0.080, 0.140] on these rows"
+    apart = "lora and prompt tuning can't be told apart"
+    assert said(-0.003, 0.018) == f"{apart}: -0.003 [-0.021, +0.015]; a difference of 0.030 would have been seen"
+    assert said(-0.0001, 0.2, seen=0.3) == f"{apart}: +0.00 [-0.20, +0.20]; a difference of 0.30 would have been seen"
+    assert said(0, 1, seen=np.inf) == f"{apart}: +0.0 [-1.0, +1.0]; this comparison is too small to see any difference"
+    assert said(0.1, 0) == f"{apart}: +0.100 each time, and without a spread that can't be judged"
+    assert said(84, 65) == "lora is better than prompt tuning by 84 [19, 149]"
+    # an end that is not 0 is not written as 0
+    assert said(0.0203, 0.02) == "lora is better than prompt tuning by 0.0203 [0.0003, 0.0403]"
+
+
+def test_seeds_that_all_differ_by_the_same_leave_nothing_to_judge_by() -> None:
+    comparison = compare([0.6, 0.2, 0.9], [0.5, 0.1, 0.8], by="seed")
+    assert comparison.verdict == "can't be told from"
+    assert "+0.100 each time" in comparison.sentence("a", "b")
+
+
+@pytest.mark.parametrize(("scores", "by"), [([], "row"), ([0.5], "row"), ([0.5], "seed")])
+def test_a_comparison_of_one_score_is_refused(scores: list[float], by: str) -> None:
+    with pytest.raises(ValueError, match=f"at least two {by}s, but got {len(scores)}: pass more"):
+        compare(scores, scores, by=by)
+
+
+@pytest.mark.parametrize("score", [metrics.macro_f1, metrics.balanced_accuracy])
+def test_the_interval_of_counts_is_that_of_resampled_rows(
+    rng: np.random.Generator, score: Callable[[np.ndarray], float]
+) -> None:
+    labels = rng.choice(3, p=[0.6, 0.3, 0.1], size=200)
+    predictions = np.where(rng.random(200) < 0.7, labels, rng.choice(3, size=200))
+    scores = []
+    for _ in range(2000):
+        rows = rng.integers(200, size=200)
+        scores.append(score(metrics.confusion_matrix(labels[rows], predictions[rows], 3)))
+    found = metrics.counts_interval(metrics.confusion_matrix(labels, predictions, 3), score)
+    np.testing.assert_allclose(found, np.quantile(scores, [0.025, 0.975]), atol=0.01)

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from matplotlib import font_manager
+from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
@@ -37,6 +38,7 @@ POINTS = pd.DataFrame(
 FIGURES = {
     "scores": lambda: plots.scores(METRICS),
     "learning_curves": lambda: plots.learning_curves({"full": [HISTORY, HISTORY], "from_scratch": [HISTORY]}),
+    "loss_panels": lambda: plots.loss_panels({"good": [HISTORY], "too high": [HISTORY]}, num_classes=2),
     "confusion": lambda: plots.confusion(np.array([[8, 2], [1, 9]]), ["negative", "positive"]),
     "study": lambda: plots.study(SUMMARY, xlabel="rows", live={100: 0.75, 300: 0.9}, reference=("majority", 0.5)),
     "studies": lambda: plots.studies({"full": SUMMARY, "last_2": SUMMARY}, xlabel="rows"),
@@ -146,6 +148,7 @@ ODD_RUNS = dict.fromkeys(ODD, METRICS["majority"])
 ODD_FIGURES = {
     "scores": lambda: plots.scores(ODD_RUNS, axis="share of $ in $"),
     "learning_curves": lambda: plots.learning_curves({name: [HISTORY] for name in ODD[:7]}),
+    "loss_panels": lambda: plots.loss_panels({name: [HISTORY] for name in ODD}),
     "confusion": lambda: plots.confusion(np.eye(len(ODD), dtype=int), ODD),
     "study": lambda: plots.study(SUMMARY, xlabel="$ and $", live={100: 0.75}, reference=("$_$", 0.5)),
     "studies": lambda: plots.studies(dict.fromkeys(ODD, SUMMARY), xlabel="$ and $", reference=("_$_$", 0.5)),
@@ -248,6 +251,9 @@ def test_long_names_and_alt_texts_are_bounded(drawn: Callable) -> None:
         plots.confusion(np.eye(2, dtype=int), [long, "b"]),
         plots.bars(pd.Series([1.0, 2.0], index=[long, "b"]), xlabel="x"),
         plots.bars(pd.Series(1.0, index=[f"class {i}" for i in range(400)]), xlabel="x"),
+        plots.bars(
+            pd.Series(1.0, index=[f"class number {i} of a shop with many goods" for i in range(150)]), xlabel="x"
+        ),
         plots.slopes(pd.DataFrame({"a": [1.0, 2], long: [1, 2]}, index=[long, "b"]), xlabel="x", ylabel="y"),
         plots.schedule({long: [1.0, 2]}),
         plots.scores({long: METRICS["majority"]}),
@@ -258,23 +264,162 @@ def test_long_names_and_alt_texts_are_bounded(drawn: Callable) -> None:
     ]
     for figure in figures:
         assert len(figure.alt) <= 2000 and Image.open(io.BytesIO(figure.png)).size[0] < 2500, figure.alt[:80]
+        assert len(figure.png) < 500_000 and len(figure._repr_html_()) < 1_000_000, figure.alt[:80]
     assert figures[0].table.index[0] == long
     assert figures[2].alt.endswith("…")
 
 
-def test_one_marker_goes_with_one_place_in_every_figure(drawn: Callable) -> None:
-    """The third method has the same marker and colour wherever it is drawn, and the eighth another than the first."""
-    names = [f"m{i}" for i in range(8)]
-    points = pd.DataFrame({"accuracy": 0.7, "low": 0.6, "high": 0.8, "cost": range(1, 9)}, index=names)
-    looks = []
-    for function in (
-        lambda: plots.tradeoff(points, xlabel="x"),
-        lambda: plots.studies(dict.fromkeys(names, SUMMARY), xlabel="x"),
-    ):
-        bars = drawn(function).axes[0].containers
-        looks.append([(bar.lines[0].get_marker(), bar.lines[0].get_color()) for bar in bars])
-    assert looks[0] == looks[1]
-    assert len(set(looks[0])) == 8
+# One look for a method -----------------------------------------------------------------------------------------
+
+
+def test_no_two_methods_look_alike() -> None:
+    assert len(set(plots.METHODS.values())) == len(plots.METHODS)
+    assert {colour for colour, _ in plots.METHODS.values()} <= {*plots.COLOURS, "#888888"}
+
+
+COMPARED = {
+    "01": ["majority", "bag_of_words", "frozen_probe", "from_scratch", "full"],
+    "02": ["majority", "linear_probe", "last_1", "last_2", "last_4", "gradual", "llrd", "full"],
+    "03": ["majority", "frozen_probe", "bitfit", "ia3", "lora", "adapter", "full"],
+    "04": ["majority", "zero_shot", "few_shot", "prompt_tuning", "prefix_tuning", "p_tuning", "lora", "encoder_full"],
+    "05": ["naive", "joint", "frozen", "replay", "ewc", "l2sp", "lwf", "lora"],
+    "06": ["guessing", "heads_only", "locked_image", "both", "from_scratch", "one_line_loss", "zero_shot"],
+}
+
+
+@pytest.mark.parametrize("lesson", COMPARED)
+def test_the_methods_of_a_lesson_differ_in_colour(lesson: str) -> None:
+    looks = plots.method_looks(COMPARED[lesson])
+    assert len({look["color"] for look in looks.values()}) == len(looks)
+
+
+def test_a_method_keeps_its_look_whatever_stands_beside_it_and_however_it_is_written() -> None:
+    alone = plots.method_looks(["last_2"])["last_2"]
+    for names in (["full", "lora", "last_2"], ["own way", "last 2"], ["last-2 (on record)", "other"], ["Last 2"]):
+        looks = plots.method_looks(names)
+        assert [look for name, look in looks.items() if "2" in name] == [alone]
+
+
+def test_a_method_that_is_not_listed_gets_a_look_of_its_own_that_stays() -> None:
+    alone = plots.method_looks(["my method"])["my method"]
+    assert plots.method_looks(["my method", "majority"])["my method"] == alone
+    names = [f"m{i}" for i in range(20)]
+    looks = plots.method_looks(["full", *names])
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == 21
+    few = plots.method_looks(["full", *names[:5]])
+    assert len({look["color"] for look in few.values()}) == 6
+    assert len(plots.method_looks([f"m{i}" for i in range(90)])) == 90  # more than there are looks
+
+
+def test_a_method_looks_the_same_in_every_figure(drawn: Callable) -> None:
+    names = ["full", "lora", "own", "last_2"]
+    points = pd.DataFrame({"accuracy": 0.7, "low": 0.6, "high": 0.8, "cost": range(1, 5)}, index=names)
+    entry = {"accuracy": 0.5, "ci95": (0.4, 0.6)}
+    for order in (names, names[::-1]):
+        looks = []
+        for function in (
+            lambda order=order: plots.tradeoff(points.loc[order], xlabel="x"),
+            lambda order=order: plots.studies(dict.fromkeys(order, SUMMARY), xlabel="x"),
+            lambda order=order: plots.scores(dict.fromkeys(order, entry)),
+        ):
+            bars = drawn(function).axes[0].containers
+            lines = dict(zip(order, (bar.lines[0] for bar in bars), strict=True))
+            looks.append({name: (line.get_color(), line.get_marker()) for name, line in lines.items() if name != "own"})
+        curves = drawn(lambda order=order: plots.learning_curves({name: [HISTORY] for name in order})).axes[1].lines
+        looks.append({n: (c.get_color(), c.get_marker()) for n, c in zip(order, curves, strict=True) if n != "own"})
+        assert all(look == {name: plots.METHODS[name] for name in ("full", "lora", "last_2")} for look in looks)
+
+
+# Seeds as dots, and the numbers that are drawn ------------------------------------------------------------------
+
+
+def seeds_of(ax: plt.Axes) -> list[list[float]]:
+    return [dots.get_offsets()[:, 0].tolist() for dots in ax.collections if isinstance(dots, PathCollection)]
+
+
+def test_few_seeds_are_drawn_as_dots_and_not_as_an_interval(drawn: Callable) -> None:
+    few = {"accuracy": 0.7, "ci95": (0.6, 0.8), "by_seed": [0.69, 0.7, 0.71]}
+    one, many = few | {"by_seed": [0.7]}, few | {"by_seed": [0.7] * 10}
+    draw = lambda: plots.scores({"lora": few, "full": one, "adapter": many})  # noqa: E731
+    ax = drawn(draw).axes[0]
+    assert seeds_of(ax) == [[0.69, 0.7, 0.71]]
+    assert [bar.has_xerr for bar in ax.containers] == [False, True, True]
+    assert "small dot: a seed; bar: 95 % interval" in ax.get_xlabel()
+    assert "lora 0.70 (seeds 0.69, 0.70, 0.71), full 0.70, adapter 0.70" in draw().alt
+    assert draw().table.loc["lora", ["run 1", "run 2", "run 3"]].tolist() == [0.69, 0.7, 0.71]
+    assert "interval" not in plots.scores({"lora": few}).alt
+
+
+def test_a_study_with_scores_by_seed_is_drawn_with_dots(drawn: Callable) -> None:
+    summary = SUMMARY.assign(by_seed=[[0.4, 0.5, 0.6], [0.8, 0.8]])
+    dots = [(10, 0.4), (10, 0.5), (10, 0.6), (100, 0.8), (100, 0.8)]
+    single, several = (
+        drawn(draw).axes[0]
+        for draw in (
+            lambda: plots.study(summary, xlabel="rows"),
+            lambda: plots.studies({"full": summary, "lora": summary}, xlabel="rows"),
+        )
+    )
+    for ax in (single, several):
+        assert [tuple(place) for place in ax.lines[0].get_xydata()] == dots
+        assert not [lines for lines in ax.collections if isinstance(lines, LineCollection)]
+    assert "by_seed" not in plots.study(summary, xlabel="rows").table
+    points = POINTS.assign(by_seed=[[0.7, 0.71], [0.8, 0.79]])
+    ax = drawn(lambda: plots.tradeoff(points, xlabel="seconds")).axes[0]
+    assert [bar.has_yerr for bar in ax.containers] == [False, False]
+    assert "small dot: a seed" in ax.get_ylabel()
+
+
+def test_the_grey_lines_of_a_majority_are_named_beside_the_axes(drawn: Callable) -> None:
+    domains = {"films": METRICS["majority"], "tweets": METRICS["majority"] | {"majority": 0.68}}
+    ax = drawn(lambda: plots.scores(domains)).axes[0]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["majority"]
+    assert "tweets 0.50 (majority 0.68)" in plots.scores(domains).alt
+
+
+def test_the_alt_text_of_learning_curves_has_the_numbers_that_are_drawn(drawn: Callable) -> None:
+    other = History(steps=HISTORY.steps[:15], epochs=[EPOCHS[0], EPOCHS[0] | {"epoch": 2, "validation_loss": 0.3}])
+    runs = {"full": [HISTORY, other], "from_scratch": [History(steps=HISTORY.steps[:3])]}
+    for function in (plots.learning_curves, plots.loss_panels):
+        draw = lambda function=function: function(runs, num_classes=3)  # noqa: E731
+        axes = drawn(draw).axes
+        lines = [line for ax in axes[: 1 if function is plots.learning_curves else 2] for line in ax.lines]
+        training = [line.get_ydata()[-1] for line in lines if line.get_linestyle() == "-" and len(line.get_xdata()) > 2]
+        validation = [line for line in lines if line.get_linestyle() == "--" and len(line.get_xdata())]
+        assert [list(line.get_ydata()) for line in validation] == [[0.5], [0.5, 0.3]]
+        assert [list(line.get_xdata()) for line in validation] == [[20], [7.5, 15]]  # ends of the epochs, in steps
+        alt = draw().alt
+        assert f"full: training loss {np.mean(training[:2]):.2f}, validation loss 0.40, validation accuracy 0.70" in alt
+        assert f"from scratch: training loss {training[2]:.2f}." in alt
+        assert "A line marks ln 3 = 1.10." in alt
+        assert any(list(line.get_ydata()) == [np.log(3)] * 2 for line in lines)
+    assert "ln" not in plots.learning_curves(runs).alt
+
+
+def test_marks_of_equal_cost_are_moved_on_the_paper_and_keep_their_values(drawn: Callable) -> None:
+    costs = {"last_2": 3.7e6, "gradual": 2.27e7, "full": 2.27e7, "llrd": 2.27e7, "linear_probe": 770.0}
+    points = pd.DataFrame({"accuracy": 0.7, "low": 0.6, "high": 0.8, "cost": pd.Series(costs)})
+    figure = drawn(lambda: plots.tradeoff(points, xlabel="weights that train"))
+    figure.draw_without_rendering()
+    ax = figure.axes[0]
+    marks = dict(zip(points.index, (bar.lines[0] for bar in ax.containers), strict=True))
+    assert {name: mark.get_xdata()[0] for name, mark in marks.items()} == costs
+    shown = {name: mark.get_transform().transform(mark.get_xydata())[0, 0] for name, mark in marks.items()}
+    true = {name: ax.transData.transform((cost, 0.7))[0] for name, cost in costs.items()}
+    aside = {name: (shown[name] - true[name]) * 72 / figure.dpi for name in costs}
+    assert aside == pytest.approx({"last_2": 0, "gradual": -10, "full": 0, "llrd": 10, "linear_probe": 0}, abs=1e-6)
+    assert "almost equal cost: side by side" in ax.get_xlabel()
+    inside = ax.get_window_extent()
+    assert all(inside.x0 < x < inside.x1 for x in shown.values())
+    assert "side by side" not in drawn(lambda: plots.tradeoff(POINTS, xlabel="seconds")).axes[0].get_xlabel()
+
+
+def test_the_bars_of_methods_stay_inside_the_axes(drawn: Callable) -> None:
+    for draw in (FIGURES["studies"], FIGURES["tradeoff"]):
+        ax = drawn(draw).axes[0]
+        low, high = ax.get_ylim()
+        ends = [y for bars in ax.collections for segment in bars.get_segments() for y in segment[:, 1]]
+        assert ends and all(low < y < high for y in ends)
 
 
 # Fonts ------------------------------------------------------------------------------------------------------

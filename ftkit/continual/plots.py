@@ -7,11 +7,9 @@ import numpy as np
 import pandas as pd
 
 from ftkit.continual.accuracy_matrix import AccuracyMatrix
-from ftkit.plots import COLOURS, STYLE, Figure, log_axis, look, short, side_legend, ticks
+from ftkit.plots import COLOURS, STYLE, Figure, log_axis, look, method_looks, short, side_legend, ticks
 
 _MAX_TASKS_WITH_NUMBERS = 20  # in a larger heat map the numbers do not fit into the cells
-
-_REFERENCES = ({"marker": "*", "color": "black"}, {"marker": "*", "color": "0.55"}, {"marker": "P", "color": "black"})
 
 
 def heat_map(matrix: AccuracyMatrix) -> Figure:
@@ -67,22 +65,23 @@ def plane(points: pd.DataFrame, *, reference: Mapping[str, tuple[float, float]] 
     Args:
         points: one row per strategy and strength, with the columns ``strategy``, ``strength``, ``new`` (accuracy on the
             task just learned) and ``old`` (accuracy on the tasks learned before).
-        reference: (new, old) by name for strategies without a strength, drawn as large black or grey marks.
+        reference: (new, old) by name for strategies without a strength, drawn as large marks.
     """
     reference = reference or {}
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=(7.5, 4.6))
-        for i, (name, curve) in enumerate(points.groupby("strategy", sort=False)):
+        looks = method_looks([*points["strategy"].unique(), *reference])
+        for name, curve in points.groupby("strategy", sort=False):
             curve = curve.sort_values("strength")
             label = short(str(name).replace("_", " "), 60)
-            ax.plot(curve["new"], curve["old"], lw=1.2, markersize=5, label=label, **look(i))
+            ax.plot(curve["new"], curve["old"], lw=1.2, markersize=5, label=label, **looks[name])
             weak, strong = curve.iloc[0], curve.iloc[-1]
             for end in [weak] if len(curve) == 1 else [weak, strong]:
                 place = (end["new"], end["old"])
                 ax.annotate(f"{end['strength']:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
-        for i, (name, (new, old)) in enumerate(reference.items()):
-            style = _REFERENCES[i % len(_REFERENCES)]
-            ax.plot(new, old, linestyle="", markersize=13, label=short(name.replace("_", " "), 60), **style)
+        for name, (new, old) in reference.items():
+            label = short(name.replace("_", " "), 60)
+            ax.plot(new, old, linestyle="", markersize=13, label=label, **looks[name])
         ax.set(xlabel="accuracy on the task just learned", ylabel="accuracy on the tasks learned before")
         side_legend(ax)
     summary = [
@@ -106,8 +105,9 @@ def dots(runs: pd.DataFrame, x: str, y: str, *, xlabel: str) -> Figure:
     ylabel = y.replace("_", " ")
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=(7.5, 4))
-        for i, (name, rows) in enumerate(runs.groupby("strategy", sort=False)):
-            ax.scatter(rows[x], rows[y], s=26, label=short(str(name).replace("_", " "), 60), **look(i))
+        looks = method_looks(runs["strategy"].unique())
+        for name, rows in runs.groupby("strategy", sort=False):
+            ax.scatter(rows[x], rows[y], s=26, label=short(str(name).replace("_", " "), 60), **looks[name])
         log_axis(ax, runs[x])
         ax.set(xlabel=xlabel, ylabel=ylabel)
         side_legend(ax)

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from PIL import Image
 
@@ -115,11 +116,16 @@ def test_figures_of_many_tasks_with_long_names_are_bounded(monkeypatch):
 def test_a_strategy_looks_the_same_in_every_figure(monkeypatch):
     seen = []
     monkeypatch.setattr(continual_plots, "Figure", lambda figure, alt, table: seen.append(figure))
-    points = pd.DataFrame({"strategy": list("abcdefgh"), "strength": 1.0, "new": 0.5, "old": 0.5})
-    continual_plots.plane(points), continual_plots.over_time(ODD_MATRIX)
-    looks = [
-        [(line.get_marker(), line.get_color()) for line in figure.axes[0].lines if line.get_label()[0] != "_"]
-        for figure in seen
-    ]
-    assert looks[0] == looks[1] and len(set(looks[0])) == 8
+    names = ["ewc", "lora", "replay", "lwf", "own", "naive"]
+    curves = pd.DataFrame({"strategy": names[:5], "strength": 1.0, "new": 0.5, "old": 0.5})
+    continual_plots.plane(curves, reference={"naive": (0.6, 0.4)})
+    for some in (names, names[::-1][1:]):
+        runs = pd.DataFrame({"strategy": some, "distance": 1.0, "forgetting": 0.1})
+        continual_plots.dots(runs, "distance", "forgetting", xlabel="distance")
+    colours = [{line.get_label(): line.get_color() for line in seen[0].axes[0].lines}]
+    for figure in seen[1:]:
+        dots = figure.axes[0].collections
+        colours.append({dot.get_label(): to_hex(dot.get_facecolor()[0]).upper() for dot in dots})
+    assert {name: colour.upper() for name, colour in colours[0].items()} == colours[1]
+    assert colours[2].items() <= colours[1].items() and len(set(colours[1].values())) == 6
     plt.close("all")

@@ -8,7 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import AutoTokenizer, MPNetConfig, MPNetForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from ftkit.data.assets import registry
 from ftkit.lab.runs.notebooks import Run, run_notebook
@@ -64,7 +70,7 @@ def test_a_network_that_refuses_a_method_is_adapted_by_the_others(tmp_path: Path
     assert set(done.metrics) == {"majority", "bitfit", "lora", "full"}
 
 
-def test_captions_that_repeat_across_splits(tmp_path: Path) -> None:
+def test_a_small_folder_whose_captions_repeat_across_splits(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     colours = {
@@ -74,11 +80,29 @@ def test_captions_that_repeat_across_splits(tmp_path: Path) -> None:
         "snow": (250,) * 3,
     }
     rng, rows = np.random.default_rng(0), []
-    for i in range(80):
+    for i in range(12):
         caption = list(colours)[i % 4]
         pixels = np.clip(np.array(colours[caption]) + rng.integers(-30, 30, (24, 24, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
         rows.append((f"{i}.png", caption))
-    write_csv(folder / "captions.csv", ("file", "caption"), *rows)
-    done = run("06_clip_loss", tmp_path, images=str(folder), rows=32, test_rows=8)
+    captions = write_csv(folder / "captions.csv", ("file", "caption"), *rows)
+    write_csv(folder / "earlier.csv", ("file", "caption"), *rows[:3])  # two files: one has to be named
+    done = run("06_clip_loss", tmp_path, images=str(folder), captions=str(captions))
     assert done.error is None
+    assert done.settings["rows"] == 9 and done.settings["test_rows"] == 2
+
+
+def test_prompts_for_a_small_file_and_a_network_that_refuses_a_method(tmp_path: Path) -> None:
+    """The file has fewer rows than the lesson takes, and peft cannot put a soft prompt before an MPT."""
+    draw = random.Random(0)
+    rows = [(f"{draw.choice(['calm', 'loud', 'odd'])} film number {i}", "good" if i % 3 else "bad") for i in range(60)]
+    data = write_csv(tmp_path / "few.csv", ("text", "label"), *rows)
+    tokenizer = AutoTokenizer.from_pretrained(registry.fetch("smollm2", progress=False))
+    size = {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 512, "vocab_size": len(tokenizer)}
+    MptForCausalLM(MptConfig(**size, pad_token_id=tokenizer.pad_token_id)).save_pretrained(tmp_path / "mpt")
+    tokenizer.save_pretrained(tmp_path / "mpt")
+    done = run("04_prompt_learning", tmp_path, model=str(tmp_path / "mpt"), data=str(data), rows=1000, steps=1)
+    assert done.error is None
+    assert "prompt_tuning is left out: MptForCausalLM" in printed(done)
+    assert "lora" in done.metrics and "prompt_tuning" not in done.metrics
+    assert done.settings["rows"] < 60
