@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from tiny_bert import make_rows
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: more threads would slow each other down
     os.environ["OMP_NUM_THREADS"] = "1"  # for the kernels and processes that tests start
 torch.set_num_threads(1)  # a tiny network is faster on one core
+if hasattr(signal, "SIGHUP"):  # under nohup, the processes that tests start would ignore it, too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TRAINS = re.compile(r"\b(fit|learn_sequence|run_notebook|run_study|run_grid|NotebookClient|execute)\(|--nbval")
 
