@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ftkit.errors import SettingsError, bad_value, unknown_setting
-from ftkit.training.monitor import ProgressBar
 
 if TYPE_CHECKING:  # without torch, the settings of the notebooks can be checked in no time
     import numpy as np
@@ -17,6 +16,7 @@ if TYPE_CHECKING:  # without torch, the settings of the notebooks can be checked
     from torch import Tensor, nn
 
     from ftkit.training.losses import Penalty
+    from ftkit.training.monitor import ProgressBar
 
 MAX_EPOCHS = 1000  # of one run
 
@@ -145,9 +145,11 @@ class TrainingRun:
     history: History = field(default_factory=History)
     best_weights: "dict[str, Tensor] | None" = None
     stop: bool = False
-    progress: ProgressBar = field(init=False)
+    progress: "ProgressBar" = field(init=False)
 
     def __post_init__(self) -> None:
+        from ftkit.training.monitor import ProgressBar  # imports psutil and tqdm
+
         self.progress = ProgressBar(self.total_steps, "training")
 
     @property

@@ -148,10 +148,15 @@ def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 8000) -> N
         hosts = [] if host in _EVERYWHERE else list(dict.fromkeys([*_LOOPBACK, host]))
         app = make_app(model, Path(folder).absolute().name, hosts=hosts)
         address = f"[{host}]" if ":" in host else host
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        said = f"Serving {folder} ({len(model.names)} classes) on http://{address}:{port}; Ctrl-C ends."
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets=sockets)
+                print(said, flush=True)  # from here on it answers, and Ctrl-C ends it in order
+
         try:
-            print(f"Serving {folder} ({len(model.names)} classes) on http://{address}:{port}; Ctrl-C ends.", flush=True)
-            server.run(sockets=[listening])
+            Server(uvicorn.Config(app, log_level="warning", lifespan="off")).run(sockets=[listening])
         except KeyboardInterrupt:  # uvicorn has ended the requests and passes the signal on
             print("Stopped.", file=sys.stderr)
 
