@@ -120,6 +120,8 @@ model = make_tiny_bert(dropout=0)
 fit(model, {{"train": make_rows(69)}}, TrainSettings(lr=1e-3, num_epochs=2, batch_size=8, accumulation={accumulation}))
 if int(__import__("os").environ.get("RANK", 0)) == 0:
     torch.save(model.state_dict(), {out!r})
+if torch.distributed.is_initialized():  # or a thread that still runs may abort the process at its end
+    torch.distributed.destroy_process_group()
 """
 
 
