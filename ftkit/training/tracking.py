@@ -30,8 +30,6 @@ class Tracking(Callback):
 
     steers = False
 
-    steers = False
-
     def __init__(self, tracker: GeneralTracker) -> None:
         self.tracker = tracker
         self._steps = self._epochs = 0  # handed on so far

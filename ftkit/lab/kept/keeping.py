@@ -95,9 +95,9 @@ class BestRun:
         candidate = Candidate(method, seed, -math.inf if math.isnan(score) else float(score))
         self.candidates.append(candidate)
         if self.best is None or candidate.score > self.best.score:
+            model = _whole(model)
             self.best, self._tokenizer, self._test = candidate, tokenizer, test
-            self._model = _whole(model) if self.keep else None
-            self._config = getattr(_whole(model), "config", None)
+            self._config, self._model = getattr(model, "config", None), model if self.keep else None
 
     def finish(
         self,
