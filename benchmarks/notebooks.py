@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the outputs of the cpu tier and the figures")
     arguments = parser.parse_args()
     results = {}
-    for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
+    for notebook in sorted(NOTEBOOKS.rglob("*.ipynb"), key=lambda path: path.name):
         if arguments.names and notebook.stem not in arguments.names:
             continue
         with tempfile.TemporaryDirectory() as folder:

@@ -555,7 +555,11 @@ def study(
 
 
 def studies(
-    summaries: Mapping[str, pd.DataFrame], *, xlabel: str, reference: tuple[str, float] | None = None
+    summaries: Mapping[str, pd.DataFrame],
+    *,
+    xlabel: str,
+    live: Mapping[str, Mapping[float, float]] | None = None,
+    reference: tuple[str, float] | None = None,
 ) -> Figure:
     """Plot the scores of several methods in a recorded study against one parameter, on a logarithmic axis.
 
@@ -563,10 +567,16 @@ def studies(
         summaries: by method, each from ``Study.summary``; a column ``by_seed`` as for ``study``. Methods stand a little
             apart, or their marks would hide one another; the ticks are at the true values.
         xlabel: name and unit of the parameter.
+        live: by method, scores of runs made just now by value of the parameter; drawn as rings.
         reference: name and score of a baseline, drawn as a grey line.
     """
+    live = live or {}
     score = str(next(iter(summaries.values())).columns.name or "score").replace("_", " ")
-    values = sorted({value for summary in summaries.values() for value in summary.index})
+    values = sorted(
+        {value for summary in summaries.values() for value in summary.index}.union(
+            *(map(float, v) for v in live.values())
+        )
+    )
     with plt.rc_context(STYLE):
         drawn, ax = plt.subplots(figsize=(7.5, 4))
         looks, drawn_at = method_looks(summaries), []
@@ -583,9 +593,14 @@ def studies(
             ax.errorbar(summary.index, summary["mean"], yerr=errors, **style)
             ends = [summary["mean"]] if dots else [summary["low"], summary["high"]]
             drawn_at += dots + [place for end in ends for place in end.items()]
+            if runs := list(live.get(name, {}).items()):
+                colour = looks[name]["color"]
+                ax.plot(*zip(*runs, strict=True), "o", mfc="none", mec=colour, markersize=11, mew=1.5, **aside)
+                drawn_at += runs
         if reference:
             ax.axhline(reference[1], color="0.6", zorder=0, label=short(reference[0], 60))
         spread = "small dot: a seed" if all(map(_dots, summaries.values())) else "95 % interval"
+        spread += "; ring: live run" if any(live.values()) else ""
         ax.set(xscale="log", xlabel=xlabel, ylabel=f"{score}\n(mean over seeds, {spread})")
         ax.update_datalim([place for place in drawn_at if np.isfinite(place).all()])
         ax.autoscale_view()
@@ -596,8 +611,24 @@ def studies(
         f"{name.replace('_', ' ')}: {', '.join(f'{value:g} {mean:.2f}' for value, mean in summary['mean'].items())}"
         for name, summary in summaries.items()
     ]
+    listed += [
+        f"{name.replace('_', ' ')}, live run: {', '.join(f'{value:g} {height:.2f}' for value, height in runs.items())}"
+        for name, runs in live.items()
+        if runs
+    ]
     listed += [f"{reference[0]} {reference[1]:.2f}"] if reference else []
-    table = pd.concat(summaries, names=["method"])[["mean", "low", "high", "seeds"]]
+    columns = ["mean", "low", "high", "seeds"]
+    table = pd.concat(
+        {name: summary.reindex(sorted({*summary.index, *live.get(name, {})})) for name, summary in summaries.items()}
+    )
+    table["seeds"] = table["seeds"].astype("Int64")
+    if any(live.values()):
+        columns = ["mean", "low", "high", "run_low", "run_high", "seeds", "live"]
+        table["live"] = [live.get(name, {}).get(value) for name, value in table.index]
+    table = table[columns].rename(columns=lambda name: name.replace("_", " "))
+    table.index = pd.Index(
+        [f"{name}, {value:g}".replace("_", " ") for name, value in table.index], name=f"method, {xlabel}"
+    )
     return Figure(drawn, f"{score.capitalize()} by {xlabel}, mean over seeds. {'; '.join(listed)}.", table)
 
 

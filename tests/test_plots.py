@@ -101,7 +101,7 @@ def test_the_bars_of_a_study_are_its_intervals(monkeypatch: pytest.MonkeyPatch) 
 
 def test_figures_of_several_methods_keep_the_numbers_of_each_apart() -> None:
     table = FIGURES["studies"]().table
-    assert table.loc[("last_2", 100)].tolist() == [0.8, 0.7, 0.9, 4]
+    assert table.loc["last 2, 100"].tolist() == [0.8, 0.7, 0.9, 4]
     assert "last 2: 10 0.50, 100 0.80" in FIGURES["studies"]().alt
     assert "last 2 0.70 at 1, full 0.80 at 30" in FIGURES["tradeoff"]().alt
     spectra = FIGURES["spectra"]().table
@@ -118,6 +118,17 @@ def test_a_baseline_is_drawn_and_named_with_several_methods(monkeypatch: pytest.
     assert list(lines["zero-shot"]) == [0.65, 0.65]
     assert "zero-shot 0.65" in alt
     plt.close("all")
+
+
+def test_live_runs_stand_beside_the_record_of_their_method(drawn: Callable) -> None:
+    draw = lambda: plots.studies({"full": SUMMARY, "last_2": SUMMARY}, xlabel="k", live={"last_2": {100: 0.75, 7: 0.4}})  # noqa: E731
+    rings = [line for line in drawn(draw).axes[0].lines if line.get_markerfacecolor() == "none"]
+    assert [ring.get_xydata().tolist() for ring in rings] == [[[100, 0.75], [7, 0.4]]]
+    assert rings[0].get_markeredgecolor() == plots.METHODS["last_2"][0]
+    assert "last 2, live run: 100 0.75, 7 0.40" in draw().alt
+    table = draw().table
+    assert table["live"].dropna().to_dict() == {"last 2, 7": 0.4, "last 2, 100": 0.75}
+    assert {"run low", "run high"} <= set(table)
 
 
 def test_bars_and_slopes_describe_what_they_draw(monkeypatch: pytest.MonkeyPatch) -> None:

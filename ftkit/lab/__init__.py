@@ -5,12 +5,22 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "settings": ["Adapters", "Continual", "Contrastive", "Freezing", "FullFineTuning", "Prompting", "settings_of"],
+        "settings": [
+            "Adapters",
+            "Continual",
+            "Contrastive",
+            "Freezing",
+            "FullFineTuning",
+            "Prompting",
+            "RowsAndDomains",
+            "settings_of",
+        ],
         "course.exercises": ["check", "grade", "hint", "solution", "without_reference", "yours_or_reference"],
         "course.guesses": ["how_far", "predict"],
         "course.progress": ["progress"],
         "kept.keeping": ["BestRun", "LastModel", "save_predictions"],
         "kept.loading": ["load_kept"],
+        "scoreboard": ["Scoreboard"],
         "results": ["Outcome", "mean_figures", "method_entry", "results_table", "save_metrics"],
         "widgets.panel": ["panel"],
         "widgets.playground": ["chat_box", "playground"],

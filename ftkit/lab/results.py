@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LEDGER = "ledger.jsonl"
 
-_COLUMNS = ["accuracy", "95 % interval", "seeds", "trainable parameters", "seconds", "peak memory (MiB)"]
+_COLUMNS = ["accuracy", "95 % interval", "seeds", "trainable parameters", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,9 @@ def run_folder() -> Path:
 
 def runs_folder() -> Path:
     """Default folder for runs: ``runs`` in the current folder."""
-    # JupyterLab starts kernels in notebooks/, where only notebooks belong
-    return (Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()) / "runs"
+    # JupyterLab starts kernels in the folder of the notebook, where only notebooks belong
+    above = {"notebooks": 1, "deeper": 2}.get(Path.cwd().name, 0)
+    return Path.cwd().joinpath(*[".."] * above).resolve() / "runs"
 
 
 def results_table(metrics: Mapping[str, Mapping[str, Any]]) -> "pd.DataFrame":
@@ -156,7 +157,8 @@ def results_table(metrics: Mapping[str, Mapping[str, Any]]) -> "pd.DataFrame":
         metrics: entries by method, as for ``save_metrics``.
 
     Returns:
-        Columns accuracy, 95 % interval, seeds, trainable parameters, seconds, peak memory (MiB).
+        Columns accuracy, 95 % interval, seeds, trainable parameters, seconds. The peak memory is that of a whole
+        process and depends on what ran before: it does not rank methods, and is in metrics.json only.
     """
     import pandas as pd
 
@@ -173,7 +175,6 @@ def results_table(metrics: Mapping[str, Mapping[str, Any]]) -> "pd.DataFrame":
                 shown(len(seeds) if isinstance(seeds, list | tuple) else seeds, "{}"),
                 shown(method.get("trainable_parameters"), "{:,}"),
                 shown(method.get("seconds"), "{:,.1f}"),
-                shown(method.get("peak_rss_mib"), "{:,.0f}"),
             )
         )
     return pd.DataFrame(rows, index=[name.replace("_", " ") for name in metrics], columns=_COLUMNS)

@@ -58,29 +58,6 @@ class TextSettings(NotebookSettings):
         return self.data or self.dataset
 
 
-class FullFineTuning(TextSettings):
-    """Settings of notebook 01, full fine-tuning."""
-
-    NOTEBOOK: ClassVar = "01_full_fine_tuning"
-    PANEL: ClassVar = ("lr", "schedule", "warmup", "rows", "num_epochs", "batch_size", "keep_best", "seed", "num_seeds")
-
-    lr: float = setting("peak learning rate of full fine-tuning", 1e-4, gpu=3e-5, between=(1e-7, 1), log=True)
-    scratch_lr: float = setting("peak learning rate from random weights", 3e-4, gpu=1e-4, between=(1e-7, 1), log=True)
-    schedule: Literal["linear", "cosine", "constant"] = setting("learning rate after warm-up", "linear")
-    warmup: float = setting("share of the steps in which the rate rises from 0", 0.1, between=(0, 0.9))
-    num_epochs: int = setting("passes over the training rows", 2, smoke=1, gpu=3, between=(1, 100), unit="epochs")
-    batch_size: int = setting("rows per step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
-    keep_best: bool = setting("keep the weights of the best epoch on validation", True)
-    live_rows: list[int] = setting("rows trained live, next to the study", [200], smoke=[20], between=(2, 1_000_000))
-    live_rates: list[float] = setting("rates trained live, next to the study", [3e-4], between=(1e-7, 1))
-    far_domains: list[Dataset] = setting(
-        "other sentiment data that the tuned model is tested on",
-        ["product-sentiment", "editorial-sentiment", "tweet-sentiment"],
-        smoke=["product-sentiment"],
-    )
-    keep: bool = _keep()
-
-
 class TrainedText(TextSettings):
     """Settings shared by the notebooks that compare ways to train a text classifier."""
 
@@ -90,6 +67,43 @@ class TrainedText(TextSettings):
     num_epochs: int = setting("passes over the training rows", 2, smoke=1, gpu=3, between=(1, 100), unit="epochs")
     batch_size: int = setting("rows per step", 16, gpu=32, between=(1, 1024), unit="rows", log=True)
     keep_best: bool = setting("keep the weights of the best epoch on validation", True)
+
+
+class FullFineTuning(TrainedText):
+    """Settings of notebook 01, full fine-tuning."""
+
+    NOTEBOOK: ClassVar = "01_full_fine_tuning"
+    PANEL: ClassVar = (
+        "lr", "pretrained", "schedule", "warmup", "rows", "num_epochs", "batch_size", "keep_best", "seed", "num_seeds",
+    )  # fmt: skip
+
+    seed: int = setting("the first seed; the record has 0 to 4", 5, between=(0, 1_000_000))
+    pretrained: bool = setting("start from the pretrained weights; if not, from random ones", True)
+    scratch_lr: float = setting("peak learning rate from random weights", 3e-4, gpu=1e-4, between=(1e-7, 1), log=True)
+    live_rates: list[float] = setting(
+        "rates trained live, next to the study", [1e-5, 1e-3], gpu=[1e-6, 1e-3], between=(1e-7, 1)
+    )
+    few_rows: int = setting(
+        "training rows of the run that overfits", 200, smoke=32, between=(2, 1_000_000), unit="rows", log=True
+    )
+    many_epochs: int = setting("its passes over them", 12, smoke=3, between=(1, 100), unit="epochs")
+    keep: bool = _keep()
+
+
+class RowsAndDomains(TrainedText):
+    """Settings of the notebook that goes deeper into full fine-tuning."""
+
+    NOTEBOOK: ClassVar = "01_rows_and_domains"
+
+    seed: int = setting("the first seed; the record has 0 to 4", 5, between=(0, 1_000_000))
+    live_rows: list[int] = setting(
+        "rows trained live, next to the study", [100, 500], smoke=[20], between=(2, 1_000_000)
+    )
+    far_domains: list[Dataset] = setting(
+        "other sentiment data that the tuned model is tested on",
+        ["product-sentiment", "editorial-sentiment", "tweet-sentiment"],
+        smoke=["product-sentiment"],
+    )
 
 
 class Freezing(TrainedText):

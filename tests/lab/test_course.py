@@ -34,8 +34,12 @@ RIGHT = {
     "warm-up": ["return min(step / warmup, (total - step) / (total - warmup))"],
     "accumulation": ["return float(np.average(mean_losses, weights=sizes))"],
     "training-step": [
-        "optimizer.zero_grad()\nloss = F.cross_entropy(layer(X), y)\nloss.backward()\n"
-        "torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)\noptimizer.step()\nreturn loss.item()"
+        "optimizer.zero_grad()\nloss = loss_function(network(**batch).logits, labels)\nloss.backward()\n"
+        "torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)\noptimizer.step()\nreturn loss.item()"
+    ],
+    "learning-curve": [
+        "if training[-1] / ln_c > 0.92:\n    return 'too high' if np.max(training) > 1.1 * ln_c else 'too low'\n"
+        "return 'good' if validation[-1] - min(validation) < 0.08 else 'overfitting'"
     ],
     "clip-loss": [
         "t, v = (x / x.norm(dim=1, keepdim=True) for x in (text, image))\nz = s.exp() * t @ v.T\n"
@@ -65,6 +69,8 @@ WRONG = [
     ("accumulation", "return str(mean_losses)", "it gives '"),
     ("accumulation", "return 2.0", "the same for all arguments"),
     ("training-step", "return 0.0", "nothing moved|it gives"),
+    ("training-step", "return loss_function(network(**batch).logits, labels) * 0", "it gives"),
+    ("learning-curve", "return 'good'", "the same for all arguments"),
     ("recall-at-k", "return 0.5", "the same for all arguments"),
     ("recall-at-k", "return 1.0", "the same for all arguments"),
     ("recall-at-k", "return 0.25 if k == 1 else 0.75", "for similarities=an array of shape"),
@@ -159,7 +165,7 @@ def test_the_solutions_of_the_lessons_pass_check_and_hidden_tests() -> None:
                 exec(cell.source, namespace)
                 assert problems(EXERCISES[name], namespace[EXERCISES[name].reference.__name__]) == (None, None)
                 seen.add(name)
-    assert seen >= {"cross-entropy", "warm-up", "accumulation", "training-step"}
+    assert seen >= {"cross-entropy", "training-step", "learning-curve", "warm-up", "accumulation"}
 
 
 def test_check_prints_one_sentence_and_keeps_what_happened(kept: Path, capsys: pytest.CaptureFixture) -> None:

@@ -226,7 +226,6 @@ def test_a_run_appears_in_curve_table_and_ledger(tmp_path: Path) -> None:
     assert row["95 % interval"] == f"{low:.3f} to {high:.3f}"
     assert row["trainable parameters"] == f"{run.outcomes[0].history.trainable_parameters:,}"
     assert float(row["seconds per seed"]) > 0
-    assert int(row["peak memory (MiB)"].replace(",", "")) > 100
     assert (row["seeds"], row["ended"]) == ("2", "finished")
 
     (entry,) = read_ledger(tmp_path / "runs" / "ledger.jsonl")

@@ -25,7 +25,7 @@ from ftkit.lab.studies.declaration import read_declaration
 from ftkit.plots import NO_MATH
 from ftkit.training.state import TrainSettings
 
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").rglob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -86,9 +86,12 @@ def rates_of(study: str) -> list[float]:
 # What the lessons train, besides the panel: (name of the function, the settings that it gets)
 TRAINED = {
     "01_full_fine_tuning": lambda s: [
-        ("tune", s), ("tune", s.changed(lr=s.scratch_lr)),
+        ("tune", s), ("tune", s.changed(lr=s.scratch_lr, pretrained=False)),
         *(("tune", s.changed(lr=rate)) for rate in s.live_rates),
-        *(("tune", s.changed(rows=rows)) for rows in s.live_rows),
+        ("tune", s.changed(rows=s.few_rows, num_epochs=s.many_epochs)),
+    ],
+    "01_rows_and_domains": lambda s: [
+        ("tune", s), *(("tune", s.changed(rows=rows)) for rows in s.live_rows),
     ],
     "02_freezing": lambda s: [
         ("train", s), *(("train", s.changed(lr=rate * s.lr_scale)) for rate in rates_of("freezing")),

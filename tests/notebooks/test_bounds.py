@@ -13,7 +13,7 @@ from ftkit.lab.runs.notebooks import find_notebook, run_notebook
 from ftkit.lab.schema import NotebookSettings
 from ftkit.lab.settings import settings_of
 
-NOTEBOOKS = sorted(path.stem for path in find_notebook("01_full_fine_tuning").parent.glob("*.ipynb"))
+NOTEBOOKS = sorted(path.stem for path in find_notebook("01_full_fine_tuning").parent.rglob("*.ipynb"))
 
 
 def smallest(schema: type[NotebookSettings]) -> dict[str, Any]:

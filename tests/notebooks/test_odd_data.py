@@ -47,7 +47,7 @@ def test_texts_of_emoji_only_have_no_bag_of_words(tmp_path: Path) -> None:
     done = run("01_full_fine_tuning", tmp_path, data=str(data), rows=20, test_rows=20)
     assert done.error is None
     assert "bag_of_words is left out: empty vocabulary" in printed(done)
-    assert set(done.metrics) == {"majority", "linear_probe", "linear_probe_mean", "from_scratch", "full"}
+    assert set(done.metrics) == {"majority", "frozen_probe", "from_scratch", "full"}
 
 
 def test_a_class_of_one_row_in_a_hundred_may_be_missing_from_the_training_rows(tmp_path: Path) -> None:

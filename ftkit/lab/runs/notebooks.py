@@ -187,12 +187,13 @@ def find_notebook(name: str | Path) -> Path:
     """Find the absolute path of a notebook.
 
     Args:
-        name: a path, or the name of a notebook in ``notebooks/``.
+        name: a path, or the name of a notebook in ``notebooks/`` or ``notebooks/deeper/``.
 
     Raises:
         FileNotFoundError: there is no such notebook; the message suggests the nearest name.
     """
-    folders = (Path(), Path("notebooks"), Path(__file__).parents[3] / "notebooks")
+    lessons = [Path("notebooks"), Path(__file__).parents[3] / "notebooks"]
+    folders = (Path(), *lessons, *(folder / "deeper" for folder in lessons))
     file = Path(name) if Path(name).suffix == ".ipynb" else Path(f"{name}.ipynb")
     for folder in folders:
         if (folder / file).is_file():

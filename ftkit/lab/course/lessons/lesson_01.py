@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -196,82 +197,192 @@ def exercise_accumulation() -> Exercise:
     )
 
 
+def exercise_learning_curve() -> Exercise:
+    """What a learning curve says about a run."""
+
+    def diagnose(training, validation, ln_c):
+        if training[-1] > 0.9 * ln_c:
+            return "too high" if max(training) > 1.05 * ln_c else "too low"
+        return "overfitting" if validation[-1] > min(validation) + 0.1 else "good"
+
+    def falling(rng: np.random.Generator, start: float, end: float) -> list[float]:
+        share = np.linspace(0, 1, int(rng.integers(20, 60))) ** rng.uniform(0.5, 1.5)
+        return (start + (end - start) * share).tolist()
+
+    def low(rng: np.random.Generator, ln_c: float) -> tuple[list[float], list[float]]:
+        training = falling(rng, ln_c, ln_c * rng.uniform(0.95, 0.99))
+        return training, (ln_c * rng.uniform(0.97, 1.01, int(rng.integers(2, 5)))).tolist()
+
+    def high(rng: np.random.Generator, ln_c: float) -> tuple[list[float], list[float]]:
+        training = [ln_c, *falling(rng, ln_c * rng.uniform(1.15, 1.6), ln_c * rng.uniform(0.97, 1.03))]
+        return training, (ln_c * rng.uniform(0.98, 1.05, int(rng.integers(2, 5)))).tolist()
+
+    def good(rng: np.random.Generator, ln_c: float) -> tuple[list[float], list[float]]:
+        training = falling(rng, ln_c * rng.choice([1.0, 1.15]), ln_c * rng.uniform(0.1, 0.4))
+        lowest = ln_c * rng.uniform(0.6, 0.8)
+        return training, [*np.linspace(ln_c, lowest, int(rng.integers(2, 5))), lowest + rng.uniform(0, 0.04)]
+
+    def over(rng: np.random.Generator, ln_c: float) -> tuple[list[float], list[float]]:
+        lowest = ln_c * rng.uniform(0.5, 0.7)
+        rise = np.linspace(lowest, lowest + ln_c * rng.uniform(0.4, 0.9), int(rng.integers(2, 9)))
+        return falling(rng, ln_c, ln_c * rng.uniform(0.02, 0.2)), [ln_c, *rise]
+
+    def several(rng: np.random.Generator) -> list[tuple[list[float], list[float], float]]:
+        """compare it with the three rules of the exercise, one after the other"""
+        kinds = rng.permutation([low, high, good, over] * 5)
+        sizes = np.log(rng.integers(2, 7, len(kinds)))
+        return [(*kind(rng, float(ln_c)), float(ln_c)) for kind, ln_c in zip(kinds, sizes, strict=True)]
+
+    def each(answer: Callable, arguments: Sequence[Any]) -> list[str]:
+        return [answer(*deepcopy(run)) for run in arguments]
+
+    def swapped(training, validation, ln_c):
+        """too high and too low are swapped: a rate that is too high makes the loss rise"""
+        said = diagnose(training, validation, ln_c)
+        return {"too low": "too high", "too high": "too low"}.get(said, said)
+
+    def always_low(training, validation, ln_c):
+        """a rate can also be too high: then the training loss has been above 1.05 of ln C"""
+        said = diagnose(training, validation, ln_c)
+        return "too low" if said == "too high" else said
+
+    def rise_alone(training, validation, ln_c):
+        """look at the end first: a loss that rose at the start and fell afterwards has learned"""
+        return "too high" if max(training) > 1.05 * ln_c else diagnose(training, validation, ln_c)
+
+    def gap(training, validation, ln_c):
+        """validation loss above training loss is usual; to overfit is that it rises"""
+        said = diagnose(training, validation, ln_c)
+        return "overfitting" if said == "good" and validation[-1] > training[-1] + 0.1 else said
+
+    def last_epoch(training, validation, ln_c):
+        """compare the last validation loss with the lowest of all, not with the one before"""
+        said = diagnose(training, validation, ln_c)
+        return "good" if said == "overfitting" and validation[-1] <= validation[-2] + 0.1 else said
+
+    def first_epoch(training, validation, ln_c):
+        """compare the last validation loss with the lowest of all, not with the first"""
+        said = diagnose(training, validation, ln_c)
+        return "good" if said == "overfitting" and validation[-1] <= validation[0] + 0.1 else said
+
+    def never_over(training, validation, ln_c):
+        """overfitting is missing: the validation loss has risen above its lowest point"""
+        said = diagnose(training, validation, ln_c)
+        return "good" if said == "overfitting" else said
+
+    def two_classes(training, validation, ln_c):
+        """ln C depends on the number of classes: use what is passed in, not 0.69"""
+        return diagnose(training, validation, 0.69)
+
+    return Exercise(
+        "learning-curve",
+        diagnose,
+        (several,),
+        (
+            swapped, always_low, rise_alone, gap, last_epoch, first_epoch, never_over, two_classes,
+        ),
+        (
+            "First ask whether anything was learned: the last training loss against 0.9 of ln C.",
+            "If nothing was: did the training loss rise? `max(training) > 1.05 * ln_c` tells too high from too low.",
+            "If something was: compare `validation[-1]` with `min(validation)`.",
+        ),
+        outcome=each,
+    )  # fmt: skip
+
+
+class _Classifier(nn.Module):
+    """A linear layer with the interface of a network of transformers: ``network(**batch).logits``."""
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(features, classes)
+
+    def forward(self, inputs: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.layer(inputs))
+
+
 def exercise_training_step() -> Exercise:
     """One step of training: loss, gradient, clipping, update."""
 
-    def training_step(layer, optimizer, X, y):
-        loss = F.cross_entropy(layer(X), y)
+    def training_step(network, optimizer, batch, labels, loss_function):
+        loss = loss_function(network(**batch).logits, labels)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss
 
     def two_steps(answer: Callable, arguments: Sequence[Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The weights after two steps, and the loss that each step returned."""
-        layer, X, y = deepcopy(arguments)
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-        losses = [torch.as_tensor(answer(layer, optimizer, X, y)).detach() for _ in range(2)]
-        return [weight.detach() for weight in layer.parameters()], losses
+        network, batch, labels, loss_function = deepcopy(arguments)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        losses = [torch.as_tensor(answer(network, optimizer, batch, labels, loss_function)).detach() for _ in range(2)]
+        return [weight.detach() for weight in network.parameters()], losses
 
-    def steep(rng: np.random.Generator) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
+    def steep(rng: np.random.Generator) -> tuple[nn.Module, dict[str, torch.Tensor], torch.Tensor, Callable]:
         rows, features, classes = rng.integers(6, 12), int(rng.integers(3, 6)), int(rng.integers(2, 4))
-        layer = nn.Linear(features, classes)
+        network = _Classifier(features, classes)
         with torch.no_grad():
-            for weight in layer.parameters():
+            for weight in network.parameters():
                 weight.copy_(torch.tensor(rng.normal(size=weight.shape)))
-        X = torch.tensor(9 * rng.normal(size=(rows, features)), dtype=torch.float32)  # so steep that clipping matters
-        return layer, X, torch.tensor(rng.integers(classes, size=rows))
+        # so steep that clipping matters
+        batch = {"inputs": torch.tensor(9 * rng.normal(size=(rows, features)), dtype=torch.float32)}
+        return network, batch, torch.tensor(rng.integers(classes, size=rows)), F.cross_entropy
 
-    def no_backward(layer, optimizer, X, y):
+    def another_loss(rng: np.random.Generator) -> tuple[nn.Module, dict[str, torch.Tensor], torch.Tensor, Callable]:
+        """use the loss function that is passed in, whichever it is"""
+        network, batch, labels, _ = steep(rng)
+        return network, batch, labels, F.multi_margin_loss
+
+    def no_backward(network, optimizer, batch, labels, loss_function):
         """nothing moved: backward(), then step(), and no zero_grad() between the two"""
-        return F.cross_entropy(layer(X), y)
+        return loss_function(network(**batch).logits, labels)
 
-    def gradients_kept(layer, optimizer, X, y):
+    def gradients_kept(network, optimizer, batch, labels, loss_function):
         """the first gradient is still in the second: zero_grad() is missing"""
-        loss = F.cross_entropy(layer(X), y)
+        loss = loss_function(network(**batch).logits, labels)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         return loss
 
-    def not_clipped(layer, optimizer, X, y):
+    def not_clipped(network, optimizer, batch, labels, loss_function):
         """clip the gradient after backward() and before step()"""
-        loss = F.cross_entropy(layer(X), y)
+        loss = loss_function(network(**batch).logits, labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss
 
-    def clipped_by_value(layer, optimizer, X, y):
+    def clipped_by_value(network, optimizer, batch, labels, loss_function):
         """clip the norm of the whole gradient to 1, not each of its numbers"""
-        loss = F.cross_entropy(layer(X), y)
+        loss = loss_function(network(**batch).logits, labels)
         loss.backward()
-        torch.nn.utils.clip_grad_value_(layer.parameters(), 1.0)
+        torch.nn.utils.clip_grad_value_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss
 
-    def loss_afterwards(layer, optimizer, X, y):
-        """the layer is right, the loss is not: return the loss from before the step"""
-        training_step(layer, optimizer, X, y)
-        return F.cross_entropy(layer(X), y)
+    def loss_afterwards(network, optimizer, batch, labels, loss_function):
+        """the network is right, the loss is not: return the loss from before the step"""
+        training_step(network, optimizer, batch, labels, loss_function)
+        return loss_function(network(**batch).logits, labels)
 
-    def zero_returned(layer, optimizer, X, y):
-        """the layer is right, the loss is not: return that of `layer(X)` and `y`, not a number of your own"""
-        training_step(layer, optimizer, X, y)
+    def zero_returned(network, optimizer, batch, labels, loss_function):
+        """the network is right, the loss is not: return that of the logits and the labels, not a number of your own"""
+        training_step(network, optimizer, batch, labels, loss_function)
         return 0.0
 
     return Exercise(
         "training-step",
         training_step,
-        (steep,),
+        (steep, another_loss),
         (
             no_backward, gradients_kept, not_clipped, clipped_by_value, loss_afterwards, zero_returned,
         ),
         (
             "Five things happen, in this order: loss, backward, clip, step, zero_grad.",
-            "`torch.nn.utils.clip_grad_norm_(layer.parameters(), 1.0)` clips what backward() has left in the weights.",
+            "`torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)` clips what backward() leaves in the weights.",
             "Keep the loss in a variable before the step and return it at the end; the optimizer clears the gradients.",
         ),
         outcome=two_steps,
