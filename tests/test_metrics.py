@@ -8,7 +8,15 @@ from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
 from ftkit import metrics
-from ftkit.metrics import Comparison, Evaluation, bootstrap_interval, compare, expected_calibration_error, over_seeds
+from ftkit.metrics import (
+    Comparison,
+    Evaluation,
+    bootstrap_interval,
+    compare,
+    expected_calibration_error,
+    over_seeds,
+    seeds_interval,
+)
 
 
 @pytest.fixture
@@ -202,6 +210,12 @@ def test_over_seeds_returns_the_mean_and_its_interval() -> None:
         over_seeds([seeds[0], make_evaluation(labels[::-1], labels)])
 
 
+def test_with_one_seed_the_interval_is_that_of_its_rows() -> None:
+    one = make_evaluation([0, 1] * 50, [0] * 100)
+    assert over_seeds([one]) == (0.5, one.ci95)
+    np.testing.assert_allclose(seeds_interval([one.correct]), one.ci95, atol=0.011)  # t instead of the bootstrap
+
+
 # Verdicts -----------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +255,27 @@ def test_of_comparisons_of_equal_models_no_more_than_5_in_100_find_a_difference(
     rng = np.random.default_rng(0)
     told = [compare(*make(rng, num_seeds, *REGIMES[regime])).verdict for _ in range(400)]
     assert told.count("is better than") + told.count("is worse than") <= 28  # 2 standard deviations above 20
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_the_interval_over_seeds_covers_the_truth_at_least_95_times_in_100(regime: str, num_seeds: int) -> None:
+    rng = np.random.default_rng(2)
+    truth = stats.norm.cdf(1 / np.hypot(1, np.linalg.norm(REGIMES[regime])))  # see make_correct
+    intervals = [seeds_interval(make_correct(rng, num_seeds, *REGIMES[regime])[0]) for _ in range(400)]
+    assert sum(low <= truth <= high for low, high in intervals) >= 371  # 2 standard deviations below 380
+
+
+def test_the_interval_over_seeds_is_the_t_interval_if_rows_do_not_matter_and_stays_within_0_and_1() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.random((4, 20_000)) < np.array([[0.5], [0.6], [0.7], [0.55]])
+    expected = stats.ttest_1samp(scores.mean(axis=1), 0).confidence_interval(0.95)
+    assert seeds_interval(scores) == pytest.approx(tuple(expected), abs=1e-4)
+    low, high = seeds_interval(np.ones((3, 50)))
+    assert 0.9 < low < 1 and high == 1  # of more rows, some might be wrong
+    assert seeds_interval([[1] * 50, [0] * 50]) == (0, 1)
+    with pytest.raises(ValueError, match="at least one row"):
+        seeds_interval([])
 
 
 @pytest.mark.parametrize("num_seeds", [3, 5, 10])
