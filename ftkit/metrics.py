@@ -1,4 +1,4 @@
-"""Accuracy, F1, calibration error, confidence intervals and paired comparison."""
+"""Accuracy, F1, area under the ROC curve, calibration error, confidence intervals and paired comparison."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -82,6 +82,33 @@ def expected_calibration_error(labels: ArrayLike, probabilities: ArrayLike, num_
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
     gaps = np.bincount(bins, weights=correct - confidence, minlength=num_bins)
     return float(np.abs(gaps).sum() / len(confidence))
+
+
+def area_under_roc(labels: ArrayLike, probabilities: ArrayLike) -> float:
+    """Area under the ROC curve, in [0, 1]: how likely a row of a class gets a higher probability than one of another.
+
+    Equal probabilities count half, so that guessing gives 0.5. For two classes it is that of class 1. For more it is
+    the mean, over the classes with rows, of one class against the rest, as in scikit-learn (ovr, macro).
+
+    Args:
+        labels: integers, shape (N,).
+        probabilities: rows that sum to 1, shape (N, C).
+
+    Returns:
+        The area; NaN if all rows are of one class.
+    """
+    from scipy.stats import rankdata
+
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities)
+    present, counts = np.unique(labels, return_counts=True)
+    if len(present) < 2:
+        return math.nan
+    if probabilities.shape[1] == 2:
+        present, counts = present[1:], counts[1:]
+    # the ranks of a class's rows, less what they are among themselves, count the rows of others below them
+    ranks = rankdata(probabilities[:, present], axis=0)
+    sums = np.where(labels[:, None] == present, ranks, 0).sum(axis=0)
+    return float(np.mean((sums - counts * (counts + 1) / 2) / (counts * (len(labels) - counts))))
 
 
 def majority_accuracy(train_labels: ArrayLike, test_labels: ArrayLike) -> float:
@@ -385,6 +412,16 @@ class Evaluation:
     def balanced_accuracy(self) -> float:
         """Mean share of correct rows over classes, see ``balanced_accuracy``."""
         return balanced_accuracy(self.confusion)
+
+    @cached_property
+    def auc(self) -> float:
+        """Area under the ROC curve, see ``area_under_roc``; NaN if all rows are of one class."""
+        return area_under_roc(self.labels, self.probabilities)
+
+    @cached_property
+    def shares(self) -> NDArray[np.float64]:
+        """Share of the rows that each class is predicted for, shape (C,)."""
+        return self.confusion.sum(axis=0) / len(self.labels)
 
     @cached_property
     def calibration_error(self) -> float:

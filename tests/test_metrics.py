@@ -51,6 +51,39 @@ def test_scores_equal_those_of_scikit_learn(
     assert evaluation.balanced_accuracy == metrics.balanced_accuracy(confusion)
 
 
+@pytest.mark.parametrize("num_classes", [2, 3, 6])
+@pytest.mark.parametrize("decimals", [1, 8])  # with one there are many ties
+def test_the_area_under_the_roc_curve_equals_that_of_scikit_learn(
+    rng: np.random.Generator, num_classes: int, decimals: int
+) -> None:
+    labels = rng.choice(num_classes, p=rng.dirichlet(np.full(num_classes, 3)), size=120)
+    probabilities = rng.dirichlet(np.ones(num_classes), size=120) + 0.5 * np.eye(num_classes)[labels]
+    probabilities = np.round(probabilities / probabilities.sum(axis=1, keepdims=True), decimals)
+    probabilities[:, -1] = 1 - probabilities[:, :-1].sum(axis=1)
+    asked = probabilities[:, 1] if num_classes == 2 else probabilities
+    expected = sklearn_metrics.roc_auc_score(labels, asked, multi_class="ovr", average="macro")
+    evaluation = Evaluation(labels, probabilities, loss=0.5)
+    assert evaluation.auc == pytest.approx(expected)
+    assert 0.6 < evaluation.auc < 1
+
+
+def test_the_area_under_the_roc_curve_of_known_cases() -> None:
+    ranked = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
+    assert metrics.area_under_roc([0, 0, 1], ranked) == 1
+    assert metrics.area_under_roc([1, 1, 0], ranked) == 0
+    assert metrics.area_under_roc([0, 1, 0], np.full((3, 2), 0.5)) == 0.5
+    assert np.isnan(metrics.area_under_roc([1, 1, 1], ranked))
+    # a class without rows is left out of the mean, although rows get its probability
+    by_hand = (1 + 1 / 2) / 2  # of class 0 the one row is above both others, of class 1 one of the two is
+    assert metrics.area_under_roc([0, 1, 1], [[0.6, 0.2, 0.2], [0.2, 0.1, 0.7], [0.1, 0.3, 0.6]]) == by_hand
+
+
+def test_the_shares_of_predicted_classes() -> None:
+    evaluation = make_evaluation([0, 0, 1, 1], [0, 2, 0, 0], num_classes=4)
+    assert evaluation.shares.tolist() == [0.75, 0, 0.25, 0]
+    assert {"auc", "shares"}.isdisjoint(evaluation.scores)
+
+
 def test_the_confusion_matrix_accepts_narrow_integers_and_refuses_an_unknown_class() -> None:
     labels, predictions = np.array([19, 0], dtype=np.uint8), np.array([18, 1], dtype=np.uint8)
     confusion = metrics.confusion_matrix(labels, predictions, 20)
