@@ -13,15 +13,13 @@ about 7 minutes per round.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from processes import in_a_process
 
 VARIANTS = ("ftkit", "Trainer")
 # what trains (3 layer groups: the last two blocks and the head), peak learning rate, epochs
@@ -151,13 +149,6 @@ def loss_difference(train: int | str, lr: float, num_rows: int, num_epochs: int 
     return float(np.abs(np.subtract(ours, theirs)).max())
 
 
-def in_a_process(arguments: Sequence[str]) -> dict[str, float]:
-    """Run this script with these arguments in its own process and return the result that it prints."""
-    command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -174,7 +165,7 @@ def main() -> None:
         return
 
     def call(variant: str, task: str) -> dict[str, float]:
-        result = in_a_process(["--variant", variant, "--task", task, "--rows", str(arguments.rows)])
+        result = in_a_process(__file__, ["--variant", variant, "--task", task, "--rows", str(arguments.rows)])
         print(f"{task:>22} {variant:>7}: {result}", flush=True)
         return result
 

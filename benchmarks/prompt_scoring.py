@@ -16,13 +16,11 @@ idle; about 3 minutes per round.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from processes import in_a_process
 
 VARIANTS = ("ftkit", "transformers")
 NUM_EXAMPLES, BATCH_SIZE, SEED = 8, 16, 0
@@ -104,13 +102,6 @@ def run_load() -> dict[str, float]:
     }
 
 
-def in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
-    """Run this script with these arguments in its own process and return the result that it prints."""
-    command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -125,7 +116,7 @@ def main() -> None:
     for turn in range(arguments.rounds):
         order = VARIANTS if turn % 2 == 0 else tuple(reversed(VARIANTS))  # so that neither always has a cool machine
         for variant in (*order, "load"):
-            result = in_a_process(["--variant", variant, "--rows", str(arguments.rows)])
+            result = in_a_process(__file__, ["--variant", variant, "--rows", str(arguments.rows)])
             results[variant].append(result)
             shown = {name: value for name, value in result.items() if name != "scores"}
             print(f"{variant:>12}: {shown}", flush=True)

@@ -27,13 +27,14 @@ import json
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from processes import in_a_process
 
 STEPS = ("load", "encode", "part", "evaluate", "predict", "bare")
 MAX_LENGTH, BATCH, PART, SEED = 128, 1000, 1000, 0
@@ -145,13 +146,6 @@ def encode_ratio(path: Path, rounds: int) -> dict[str, Any]:
     return {"encode_ratio": round(statistics.median(ratios), 3), "encode_ratios": [round(r, 3) for r in ratios]}
 
 
-def in_a_process(arguments: Sequence[str]) -> dict[str, Any]:
-    """Run this script with these arguments in its own process and return the result that it prints."""
-    command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
@@ -173,13 +167,13 @@ def main() -> None:
         for size, path in files.items():
             write_file(path, size)
         figures |= in_a_process(
-            ["--step", "ratio", "--file", str(files[arguments.ratio_rows]), "--rounds", str(arguments.rounds)]
+            __file__, ["--step", "ratio", "--file", str(files[arguments.ratio_rows]), "--rounds", str(arguments.rounds)]
         )
         print(f"{'ratio':>9} {arguments.ratio_rows:>9,} rows: {figures}", flush=True)
         results = {}
         for size in arguments.sizes:
             for step in STEPS:
-                results[step, size] = result = in_a_process(["--step", step, "--file", str(files[size])])
+                results[step, size] = result = in_a_process(__file__, ["--step", step, "--file", str(files[size])])
                 figures |= {f"{step}_{size}_seconds": result["seconds"], f"{step}_{size}_peak_mib": result["peak_mib"]}
                 print(f"{step:>9} {size:>9,} rows: {result}", flush=True)
     largest = arguments.sizes[-1]

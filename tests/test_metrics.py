@@ -8,7 +8,15 @@ from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
 from ftkit import metrics
-from ftkit.metrics import Comparison, Evaluation, bootstrap_interval, compare, expected_calibration_error, over_seeds
+from ftkit.metrics import (
+    Comparison,
+    Evaluation,
+    bootstrap_interval,
+    compare,
+    expected_calibration_error,
+    over_seeds,
+    seeds_interval,
+)
 
 
 @pytest.fixture
@@ -41,6 +49,39 @@ def test_scores_equal_those_of_scikit_learn(
     assert metrics.balanced_accuracy(confusion) == pytest.approx(expected)
     evaluation = Evaluation(labels, np.eye(5)[predictions], loss=0.5)
     assert evaluation.balanced_accuracy == metrics.balanced_accuracy(confusion)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 6])
+@pytest.mark.parametrize("decimals", [1, 8])  # with one there are many ties
+def test_the_area_under_the_roc_curve_equals_that_of_scikit_learn(
+    rng: np.random.Generator, num_classes: int, decimals: int
+) -> None:
+    labels = rng.choice(num_classes, p=rng.dirichlet(np.full(num_classes, 3)), size=120)
+    probabilities = rng.dirichlet(np.ones(num_classes), size=120) + 0.5 * np.eye(num_classes)[labels]
+    probabilities = np.round(probabilities / probabilities.sum(axis=1, keepdims=True), decimals)
+    probabilities[:, -1] = 1 - probabilities[:, :-1].sum(axis=1)
+    asked = probabilities[:, 1] if num_classes == 2 else probabilities
+    expected = sklearn_metrics.roc_auc_score(labels, asked, multi_class="ovr", average="macro")
+    evaluation = Evaluation(labels, probabilities, loss=0.5)
+    assert evaluation.auc == pytest.approx(expected)
+    assert 0.6 < evaluation.auc < 1
+
+
+def test_the_area_under_the_roc_curve_of_known_cases() -> None:
+    ranked = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
+    assert metrics.area_under_roc([0, 0, 1], ranked) == 1
+    assert metrics.area_under_roc([1, 1, 0], ranked) == 0
+    assert metrics.area_under_roc([0, 1, 0], np.full((3, 2), 0.5)) == 0.5
+    assert np.isnan(metrics.area_under_roc([1, 1, 1], ranked))
+    # a class without rows is left out of the mean, although rows get its probability
+    by_hand = (1 + 1 / 2) / 2  # of class 0 the one row is above both others, of class 1 one of the two is
+    assert metrics.area_under_roc([0, 1, 1], [[0.6, 0.2, 0.2], [0.2, 0.1, 0.7], [0.1, 0.3, 0.6]]) == by_hand
+
+
+def test_the_shares_of_predicted_classes() -> None:
+    evaluation = make_evaluation([0, 0, 1, 1], [0, 2, 0, 0], num_classes=4)
+    assert evaluation.shares.tolist() == [0.75, 0, 0.25, 0]
+    assert {"auc", "shares"}.isdisjoint(evaluation.scores)
 
 
 def test_the_confusion_matrix_accepts_narrow_integers_and_refuses_an_unknown_class() -> None:
@@ -202,6 +243,12 @@ def test_over_seeds_returns_the_mean_and_its_interval() -> None:
         over_seeds([seeds[0], make_evaluation(labels[::-1], labels)])
 
 
+def test_with_one_seed_the_interval_is_that_of_its_rows() -> None:
+    one = make_evaluation([0, 1] * 50, [0] * 100)
+    assert over_seeds([one]) == (0.5, one.ci95)
+    np.testing.assert_allclose(seeds_interval([one.correct]), one.ci95, atol=0.011)  # t instead of the bootstrap
+
+
 # Verdicts -----------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +288,27 @@ def test_of_comparisons_of_equal_models_no_more_than_5_in_100_find_a_difference(
     rng = np.random.default_rng(0)
     told = [compare(*make(rng, num_seeds, *REGIMES[regime])).verdict for _ in range(400)]
     assert told.count("is better than") + told.count("is worse than") <= 28  # 2 standard deviations above 20
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_the_interval_over_seeds_covers_the_truth_at_least_95_times_in_100(regime: str, num_seeds: int) -> None:
+    rng = np.random.default_rng(2)
+    truth = stats.norm.cdf(1 / np.hypot(1, np.linalg.norm(REGIMES[regime])))  # see make_correct
+    intervals = [seeds_interval(make_correct(rng, num_seeds, *REGIMES[regime])[0]) for _ in range(400)]
+    assert sum(low <= truth <= high for low, high in intervals) >= 371  # 2 standard deviations below 380
+
+
+def test_the_interval_over_seeds_is_the_t_interval_if_rows_do_not_matter_and_stays_within_0_and_1() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.random((4, 20_000)) < np.array([[0.5], [0.6], [0.7], [0.55]])
+    expected = stats.ttest_1samp(scores.mean(axis=1), 0).confidence_interval(0.95)
+    assert seeds_interval(scores) == pytest.approx(tuple(expected), abs=1e-4)
+    low, high = seeds_interval(np.ones((3, 50)))
+    assert 0.9 < low < 1 and high == 1  # of more rows, some might be wrong
+    assert seeds_interval([[1] * 50, [0] * 50]) == (0, 1)
+    with pytest.raises(ValueError, match="at least one row"):
+        seeds_interval([])
 
 
 @pytest.mark.parametrize("num_seeds", [3, 5, 10])

@@ -1,7 +1,7 @@
 """What is checked where model, rows and settings meet, before anything is computed."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
@@ -196,7 +196,7 @@ def _match_labels(rows: Any, num_classes: int | None, names: list[str] | None, k
     if names is not None and isinstance(feature, datasets.ClassLabel):
         present = sorted(set(labels))  # a class without rows does not matter
         ours = [feature.names[i] for i in present]
-        numbers = _numbers_by_name(ours, names, feature.names)
+        numbers = _model_numbers(ours, names, feature.names)
         if numbers is not None and (numbers != present or [names[number] for number in numbers] != ours):
             number_of = dict(zip(present, numbers, strict=True))
             print(
@@ -213,7 +213,24 @@ def _match_labels(rows: Any, num_classes: int | None, names: list[str] | None, k
     return rows
 
 
-def _numbers_by_name(ours: Sequence[str], models: Sequence[str], declared: Sequence[str]) -> list[int] | None:
+def numbers_by_name(names: Iterable[str], models: Sequence[str]) -> dict[str, list[int]]:
+    """Find the classes of a model that some names may mean.
+
+    Args:
+        names: names of classes, as rows or a file have them.
+        models: the classes of the model.
+
+    Returns:
+        By name, the number of the model's class of this very name, else the numbers of all that differ from it only in
+        case, blanks or the form of a number; an empty list for a name that the model does not know.
+    """
+    alike = defaultdict(list)
+    for number, name in enumerate(models):
+        alike[folded(name)].append(number)
+    return {name: [models.index(name)] if name in models else alike[folded(name)] for name in names}
+
+
+def _model_numbers(ours: Sequence[str], models: Sequence[str], declared: Sequence[str]) -> list[int] | None:
     """The model's number for each class of the rows; None if one side has no names.
 
     Args:
@@ -221,10 +238,7 @@ def _numbers_by_name(ours: Sequence[str], models: Sequence[str], declared: Seque
         models: the classes of the model.
         declared: all classes that the rows declare, in the order of their numbers.
     """
-    alike = defaultdict(list)
-    for number, name in enumerate(models):
-        alike[folded(name)].append(number)
-    found = {name: [models.index(name)] if name in models else alike[folded(name)] for name in ours}
+    found = numbers_by_name(ours, models)
     if not any(found.values()) and (unnamed(declared) or unnamed(models)):
         return None
     if unknown := [name for name in ours if not found[name]]:

@@ -528,14 +528,14 @@ def test_two_runs_are_compared() -> None:
     assert panel.first.options == (("1: num_epochs 1", 0), ("2: num_epochs 2", 1))
     assert (panel.first.description, panel.second.description) == ("compare run", "with run")
     assert "Run 2 has num_epochs 2; run 1 has num_epochs 1." in text_of(panel.comparison)
-    interval = r"Run 2 is better than run 1: accuracy on test \+0\.700, 95 % interval \+0\.5\d+ to \+0\.8\d+ "
-    assert re.search(interval + r"\(paired, 2 seeds\)", text_of(panel.comparison)), text_of(panel.comparison)
+    sentence = r"Run 2 is better than run 1 by 0\.70 \[0\.5\d, 0\.8\d\] \(accuracy on test; "
+    assert re.search(sentence + ".* over rows and 2 seeds", text_of(panel.comparison)), text_of(panel.comparison)
     panel.first.value, panel.second.value = 0, 1
-    assert "Run 1 is worse than run 2: accuracy on test -0.700" in text_of(panel.comparison)
+    assert "Run 1 is worse than run 2 by 0.70 [" in text_of(panel.comparison)
 
     run(num_epochs=3)  # the new run is compared with the chosen one
     assert (panel.first.value, panel.second.value) == (2, 1)
-    assert "Run 3 can't be told from run 2: accuracy on test +0.000" in text_of(panel.comparison)
+    assert "Run 3 and run 2 can't be told apart: +0.000 [" in text_of(panel.comparison)
     assert [row["settings"] for row in rows_of(panel)] == [f"num_epochs {n}" for n in (1, 2, 3)]
 
     run(num_seeds=1)

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from ftkit import plots
 from ftkit.errors import SettingsError, StudyError
 from ftkit.lab.machine import describe_machine
 from ftkit.lab.settings import FullFineTuning
@@ -376,11 +377,26 @@ def test_the_intervals_of_a_summary(folder: Path) -> None:
     table = Study(declaration, pd.DataFrame(rows)).summary()
     # by hand: s = sqrt(0.025 / 4), t = 2.776445 for 4 degrees of freedom
     arm, run_arm = 2.776445 * 0.0790569 / 5**0.5, 2.776445 * 0.0790569 * 1.2**0.5
-    assert table.loc[50].tolist() == pytest.approx(
+    assert table.drop(columns="by_seed").loc[50].tolist() == pytest.approx(
         [0.8, 0.8 - arm, 0.8 + arm, 0.8 - run_arm, 0.8 + run_arm, 5], abs=1e-6
     )
     assert table.loc[100, ["mean", "seeds"]].tolist() == [0.5, 1]
     assert table.loc[100, ["low", "high", "run_low", "run_high"]].isna().all()  # one seed has no spread
+
+
+def test_a_summary_lists_the_scores_in_the_order_of_the_seeds(folder: Path) -> None:
+    rows = [
+        {"rows": n, "lr": 1e-4, "schedule": "linear", "seed": seed, "test_accuracy": n / 1000 + seed / 10}
+        for seed in (2, 0, 1)
+        for n in (100, 50)
+    ]
+    rows[0]["test_accuracy"] = float("nan")  # of this run the score is not on record
+    table = Study(read_declaration("tiny", folder), pd.DataFrame(rows)).summary()
+    assert table.loc[50, "by_seed"] == pytest.approx([0.05, 0.15, 0.25])
+    assert table.loc[100, "by_seed"] == pytest.approx([0.1, 0.2])
+    assert table["seeds"].tolist() == [3, 2]
+    assert "by_seed" not in plots.study(table, xlabel="rows").table  # which the lesson shows
+    assert "by_seed" not in plots.studies({"full": table}, xlabel="rows").table
 
 
 def test_the_best_value_and_those_not_clearly_worse(folder: Path) -> None:

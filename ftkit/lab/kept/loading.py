@@ -37,6 +37,8 @@ HEADS_FILE = "heads.safetensors"  # of two towers
 # the most in a batch, padding included; on a CPU, activations that stay in its caches are a tenth faster
 _BATCH_TOKENS, _BATCH_TOKENS_CPU, _BATCH_ROWS = 4096, 1024, 256
 
+_Searched = Sequence[str] | NDArray[np.uint8] | torch.Tensor
+
 
 @dataclass(frozen=True, eq=False)
 class KeptClassifier:
@@ -105,13 +107,13 @@ class KeptTowers:
     kind: str = "towers"
 
     def nearest(
-        self, queries: Sequence[str] | NDArray[np.uint8], among: Sequence[str] | NDArray[np.uint8], k: int = 5
+        self, queries: _Searched, among: _Searched, k: int = 5
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Find the most similar of some candidates for each query.
 
         Args:
-            queries: N texts, or N images as uint8 of shape (N, S, S, 3).
-            among: M candidates, texts or images likewise.
+            queries: N texts, N images as uint8 of shape (N, S, S, 3), or their embeddings, shape (N, D).
+            among: M candidates likewise; give embeddings if you search among them several times.
             k: number of candidates to find; fewer if M is smaller.
 
         Returns:
@@ -121,7 +123,9 @@ class KeptTowers:
         found = similarities.topk(min(k, similarities.shape[1]), dim=1)
         return found.indices.numpy(), found.values.numpy()
 
-    def _embed(self, items: Sequence[str] | NDArray[np.uint8]) -> torch.Tensor:
+    def _embed(self, items: _Searched) -> torch.Tensor:
+        if isinstance(items, torch.Tensor):
+            return items
         if isinstance(items, np.ndarray) and items.ndim == 4:
             return self.model.encode_images(items)
         return self.model.encode_texts(items)

@@ -3,7 +3,7 @@
 import heapq
 import itertools
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from ftkit.lab.kept.keeping import prediction_header, prediction_lines
 from ftkit.lab.kept.loading import KeptClassifier, KeptTowers, load_kept
 from ftkit.lab.kept.whole_rows import WholeRows
 from ftkit.metrics import balanced_accuracy, counts_interval, macro_f1
-from ftkit.training.checks import unnamed
+from ftkit.training.checks import numbers_by_name, unnamed
 
 STDIN = "-"
 
@@ -162,19 +162,12 @@ def _match_labels(counts: Counter[str], columns: _Columns, classes: Sequence[str
     Raises:
         DataError: the model knows none of the labels.
     """
-    alike = defaultdict(list)
-    for number, known in enumerate(classes):
-        alike[folded(known)].append(number)
-    found = {}
-    for label in counts:
-        numbers = [classes.index(label)] if label in classes else alike[folded(label)]
-        if len(numbers) == 1:
-            found[label] = numbers[0]
+    matches = numbers_by_name(counts, classes)
+    found = {label: numbers[0] for label, numbers in matches.items() if len(numbers) == 1}
     if not found and (found := _match_by_number(counts, classes)):
-        matches = in_brief([f"{label} is {classes[number]!r}" for label, number in found.items()], 8)
+        said = in_brief([f"{label} is {classes[number]!r}" for label, number in found.items()], 8)
         _say(
-            f"{name}: labels from column '{columns.label}' are matched by number, because one side has no names: "
-            f"{matches}"
+            f"{name}: labels from column '{columns.label}' are matched by number, because one side has no names: {said}"
         )
         return found
     theirs = in_brief([f"{label!r}" for label, _ in counts.most_common()])
@@ -190,7 +183,7 @@ def _match_labels(counts: Counter[str], columns: _Columns, classes: Sequence[str
     if columns.label_is_guessed:
         _say(f"{name}: labels from column '{columns.label}' (guessed: name another with --label)")
     written = [f"{label!r} is {classes[number]!r}" for label, number in found.items() if label != classes[number]]
-    if written and any(label in classes or folded(label) in alike for label in found):
+    if written:
         _say(
             f"{name}: labels are matched to the model's classes whatever their case and blanks: {in_brief(written, 8)}"
         )
@@ -387,8 +380,8 @@ def _search(
         for chunk in in_chunks(lines, 256):
             texts = [cell_text(cells[0], seen + i, "text", name) for i, cells in enumerate(chunk, start=1)]
             filled = [i for i, shown in enumerate(texts) if shown]
-            queries = F.normalize(model.model.encode_texts([texts[i] for i in filled]).float(), dim=-1)
-            cosines, nearest = (queries @ embedded.T).topk(min(_NEAREST, len(candidates)))
+            queries = _of_length_1(model.model.encode_texts([texts[i] for i in filled]))
+            nearest, cosines = model.nearest(queries, embedded, _NEAREST)
             hits = dict(zip(filled, zip(nearest.tolist(), cosines.tolist(), strict=True), strict=True))
             for i, cells in enumerate(chunk):
                 if i not in hits:
@@ -414,15 +407,19 @@ def _candidates(model: KeptTowers, among: Path) -> tuple[list[str], list[list[st
             _say(f"{among}: {note}")
         pairs = pairs.take(pairs.own_images)  # or one image could fill all ranks
         cells = [[file, caption] for file, caption in zip(pairs.facts["file"], pairs.captions, strict=True)]
-        return ["file", "caption"], cells, F.normalize(model.model.encode_images(pairs.images).float(), dim=-1)
+        return ["file", "caption"], cells, _of_length_1(model.model.encode_images(pairs.images))
     rows = open_rows(among)
     column = _choose_columns(rows, None, None, []).text
     captions = [cell_text(cell, i, "text", rows.name) for i, (cell,) in enumerate(rows.read(column), start=1)]
     captions = [caption for caption in dict.fromkeys(captions) if caption]
     if not captions:
         raise DataError(f"None of the {rows.count:,} rows of {among} has a caption in column '{column}': give others.")
-    embedded = F.normalize(model.model.encode_texts(captions).float(), dim=-1)
-    return ["nearest"], [[caption] for caption in captions], embedded
+    return ["nearest"], [[caption] for caption in captions], _of_length_1(model.model.encode_texts(captions))
+
+
+def _of_length_1(embedded: Tensor) -> Tensor:
+    """Embeddings whose similarities are cosines, also of towers that were trained without normalising."""
+    return F.normalize(embedded, dim=-1)
 
 
 @contextmanager

@@ -57,8 +57,9 @@ class Study:
             where: values of other varied parameters, as for ``of``.
 
         Returns:
-            A row per value of the parameter, with the columns mean, low, high, run_low, run_high (see ``over_runs``)
-            and seeds, the number of seeds.
+            A row per value of the parameter, with the columns mean, low, high, run_low, run_high (see ``over_runs``),
+            seeds, the number of seeds, and by_seed, the list of their scores in the order of the seeds. Leave by_seed
+            out of a table that is shown; ``plots.study`` draws it.
 
         Raises:
             ValueError: there is no such parameter, value or score.
@@ -69,9 +70,10 @@ class Study:
             raise ValueError(f"The study has no score {score!r}: {did_you_mean(score, self.rows.columns)}")
         self.declaration.having(**{by: []})
         rows = self.of(**where, **{by: list({row[by] for row in self.declaration.rows})})
-        groups = rows.groupby(by)[score]
+        groups = rows.sort_values("seed").groupby(by)[score]
         table = pd.DataFrame({value: over_runs(scores) for value, scores in groups}).T
-        return table.assign(seeds=groups.count()).rename_axis(index=by, columns=score)
+        by_seed = groups.agg(lambda scores: scores.dropna().tolist())
+        return table.assign(seeds=groups.count(), by_seed=by_seed).rename_axis(index=by, columns=score)
 
     def near_best(self, by: str, score: str, **where: Any) -> list[Any]:
         """Find the value of a parameter with the highest mean score and those that are not clearly worse.

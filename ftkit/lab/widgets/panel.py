@@ -159,11 +159,9 @@ def _verdict(first: PanelRun, second: PanelRun, a: str, b: str) -> str:
     if len(ours) != len(theirs):
         return f"Their scores cannot be paired: the number of seeds is {len(ours)} in {a} and {len(theirs)} in {b}."
     paired = compare([evaluation.correct for evaluation in ours], [evaluation.correct for evaluation in theirs])
-    low, high = paired.ci95
-    return (
-        f"{a.capitalize()} {paired.verdict} {b}: accuracy on {first.split} {paired.difference:+.3f}, "
-        f"95 % interval {low:+.3f} to {high:+.3f} (paired, {len(ours)} seed{'s' * (len(ours) > 1)})."
-    )
+    seeds = f" and {len(ours)} seeds" if len(ours) > 1 else ""
+    scope = f"accuracy on {first.split}; in brackets, the 95 % interval over rows{seeds}"
+    return f"{paired.sentence(a.capitalize(), b)} ({scope})."
 
 
 _Train = Callable[[Any, int, Sequence[Callback]], Outcome]
