@@ -277,6 +277,15 @@ def test_damaged_progress_is_put_aside(kept: Path, capsys: pytest.CaptureFixture
         (..., "accuracy: 0.76. There was no guess."),
         ("0.8", "accuracy: 0.76. The guess '0.8' is no number: write one, or a range such as (0.7, 0.85)."),
         ((0.7, None), "accuracy: 0.76. The guess (0.7, None) is no number"),
+        ("about\n70 per cent, " * 9, "accuracy: 0.76. The guess 'about\\n70 pe...70 per cent, ' is no number"),
+        ((0, 7), "accuracy: 0.76. The guess (0, 7) is far from it: if you meant 0.7, write it with a point."),
+        (75, "accuracy: 0.76. The guess 75 is far from it: if you meant per cent, write 75 % as 0.75."),
+        (
+            (70, 80),
+            "accuracy: 0.76. The guess (70, 80) is far from it: if you meant per cent, write 70 % as 0.7.",
+        ),
+        ((0, 1), "accuracy: 0.76. Your range was 0 to 1: the truth is inside it."),
+        (2, "accuracy: 0.76. Your guess was 2: 1.24 too high."),
         (float("nan"), "accuracy: 0.76. The guess nan is no number"),
     ],
 )
@@ -339,7 +348,7 @@ def test_progress_shows_exercises_and_how_well_ranges_hold(kept: Path) -> None:
     assert shown.exercises.loc[("06", "recall-at-k"), "state"] == "not yet right"
     assert "Of 10 ranges that should hold the truth in 80 % of cases, 2 did: they are too narrow." in shown.ranges
     assert "in 50 % of cases, 10 did: they are wider than they need be." in shown.ranges
-    assert "in 90 % of cases, 1 did: so far, that agrees." in shown.ranges
+    assert "Of 1 range that should hold the truth in 90 % of cases, 1 did: so far, that agrees." in shown.ranges
     assert "50 %: 100 %; 80 %: 20 %; 90 %: 100 %" in shown.figure.alt
     page = shown._repr_html_()
     assert shown.ranges in page and "<img alt=" in page

@@ -1,5 +1,6 @@
 """The editions of a small lesson, and nbgrader on what is handed in: a right, a half right and an empty answer."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from nbgrader.api import Gradebook
 
 from ftkit import cli
@@ -294,6 +296,70 @@ def test_nbgrader_is_asked_for_where_it_is_missing(lesson: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "nbgrader", None)
     with pytest.raises(CourseError, match=r'run `pip install "ftkit\[course\]"`'):
         build_course("out", ["small"])
+
+
+@pytest.mark.parametrize(
+    ("source", "opened"),
+    [
+        ("guess = 2 / 3", "guess = None"),
+        ("guess: float = -0.7  # é", "guess: float = None  # é"),
+        ("low, high = 0.6, 0.7", "low, high = None, None"),
+        ("guess = (0.6, 0.7)\nother = [1,\n  2]", "guess = None\nother = None"),
+        ("guess = predict('x', low=0, high=1)", "guess = predict('x', low=0, high=1)"),
+        ("guess: float", "guess: float"),
+    ],
+)
+def test_a_guess_written_in_literals_is_opened(source: str, opened: str) -> None:
+    assert build._opened(source) == opened
+
+
+def test_a_tag_on_a_text_opens_nothing_and_a_guess_that_is_no_python_is_refused(lesson: Path) -> None:
+    notebook = read(lesson)
+    notebook.cells[0].metadata["tags"] = ["predict"]
+    nbformat.write(notebook, lesson)
+    build_course("out", ["small"])
+    assert read(Path("out/student/small.ipynb")).cells[0].source == "# A small lesson"
+    next(cell for cell in notebook.cells if cell.source.startswith("guess")).source = "guess = about 0.7"
+    nbformat.write(notebook, lesson)
+    with pytest.raises(CourseError, match=r"tagged predict is no plain Python .*'guess = about 0.7'"):
+        build_course("out", ["small"])
+
+
+GUESSES = {
+    "None": "There was no guess.",
+    "0.75": "Your guess was 0.75: 0.05 too high.",
+    "(0.6, 0.8)": "Your range was 0.6 to 0.8: the truth is inside it.",
+    "'no idea'": "The guess 'no idea' is no number: write one, or a range such as (0.7, 0.85).",
+    "0,7": "The guess (0, 7) is far from it: if you meant 0.7, write it with a point.",
+}
+
+
+def test_run_all_of_a_student_edition_ends_whatever_was_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but a guess that is no Python, or raises: there it stops, and no earlier guess is taken for this one."""
+    monkeypatch.setenv("FTKIT_PROGRESS", str(tmp_path / "progress.json"))
+    cells = [code("from ftkit.lab import check, how_far, progress, yours_or_reference")]
+    for number in range(len(GUESSES) + 1):
+        cells.append(code("guess = (0.6, 0.7)", tags=["predict"]))
+        cells.append(code(f"how_far(guess, 0.7, 'accuracy {number}')"))
+    cells[-2:-2] = exercise_cells("warm-up", "warm_up_factor(step, warmup, total)", WARM_UP, points=1)[:-1]
+    cells[-2:-2] = [code("progress()")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "guesses.ipynb")
+    student = read(build_course(tmp_path / "out", [tmp_path / "guesses.ipynb"])[0] / "guesses.ipynb")
+    asked = [cell for cell in student.cells if "predict" in cell.metadata.get("tags", [])]
+    assert [cell.source for cell in asked] == ["guess = None"] * len(asked)
+    for cell, guess in zip(asked, [*GUESSES, "undefined"], strict=True):
+        cell.source = f"guess = {guess}"
+    with pytest.raises(CellExecutionError, match=r"guess = undefined"):
+        NotebookClient(student, timeout=120).execute()
+    said = code_outputs(student)
+    for number, words in enumerate(GUESSES.values()):
+        assert f"accuracy {number}: 0.7. {words}\n" in said
+    assert "warm-up: not attempted yet; the reference takes its place" in said
+    assert "Of 1 range that should hold the truth in 80 % of cases, 1 did" in str(student.cells[-3].outputs)
+    assert f"accuracy {len(GUESSES)}" not in said
+    assert set(json.loads((tmp_path / "progress.json").read_text())["guesses"]) == {"accuracy 1", "accuracy 2"}
 
 
 def test_all_lessons_are_built_by_default() -> None:

@@ -159,23 +159,36 @@ def _asks_for_a_guess(cell: "NotebookNode") -> bool:
 
 
 def _with_open_guesses(notebook: "NotebookNode") -> "NotebookNode":
-    """A copy in which plain assignments of the cells tagged `predict` have the value None."""
+    """A copy in which what is assigned in the code cells tagged `predict` is None, if it is written in literals."""
     notebook = copy.deepcopy(notebook)
     for cell in notebook.cells:
-        if "predict" in cell.metadata.get("tags", []):
-            cell.source = _opened(cell.source)
+        if cell.cell_type == "code" and "predict" in cell.metadata.get("tags", []):
+            try:
+                cell.source = _opened(cell.source)
+            except SyntaxError as error:
+                raise CourseError(
+                    f"A cell tagged predict is no plain Python ({error.msg}: {(error.text or '').strip()!r}): write "
+                    "guess = … in it, and nothing else."
+                ) from None
     return notebook
+
+
+_LITERAL = (ast.Constant, ast.Tuple, ast.List, ast.UnaryOp, ast.BinOp, ast.operator, ast.unaryop, ast.expr_context)
 
 
 def _opened(source: str) -> str:
     lines = source.split("\n")
     for node in reversed(ast.parse(source).body):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant | ast.Tuple | ast.List | ast.UnaryOp):
-            first, last = node.value.lineno - 1, node.value.end_lineno - 1
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        if value is not None and all(isinstance(part, _LITERAL) for part in ast.walk(value)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            several = next((target.elts for target in targets if isinstance(target, ast.Tuple | ast.List)), [None])
+            nothing = ", ".join(["None"] * len(several))  # low, high = None cannot be unpacked
+            first, last = value.lineno - 1, value.end_lineno - 1
             # columns are bytes
-            before = lines[first].encode()[: node.value.col_offset].decode()
-            after = lines[last].encode()[node.value.end_col_offset :].decode()
-            lines[first : last + 1] = [f"{before}None{after}"]
+            before = lines[first].encode()[: value.col_offset].decode()
+            after = lines[last].encode()[value.end_col_offset :].decode()
+            lines[first : last + 1] = [f"{before}{nothing}{after}"]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import html
 import math
+import reprlib
 from numbers import Real
 from typing import Any
 
@@ -73,7 +74,8 @@ def predict(what: str, *, low: float, high: float, sure: float = 0.8) -> Guess:
 def how_far(guess: Any, truth: float, what: str = "", *, sure: float = 0.8) -> None:
     """Print how far off a guess was. It never raises for a guess; without one it says what is true.
 
-    The first guess of each thing is kept for ``progress``: after it, the truth is known.
+    The first guess of each thing is kept for ``progress``: after it, the truth is known. For a truth between 0 and 1, a
+    guess such as 70, or 0,7 with a comma, is not kept: that it can be written as 0.7 is said instead.
 
     Args:
         guess: a number, a range such as (0.7, 0.85), what ``predict`` returned, or None.
@@ -95,9 +97,13 @@ def how_far(guess: Any, truth: float, what: str = "", *, sure: float = 0.8) -> N
         return
     ends = _ends(guess)
     if ends is None:
-        print(f"{start}. The guess {guess!r} is no number: write one, or a range such as (0.7, 0.85).")
+        shown = " ".join(reprlib.repr(guess).split())
+        print(f"{start}. The guess {shown} is no number: write one, or a range such as (0.7, 0.85).")
         return
     low, high = ends
+    if meant := _likely_meant(guess, low, truth):
+        print(f"{start}. The guess {guess} is far from it: if you meant {meant}.")
+        return
     off = max(low - truth, truth - high, 0)
     if low < high:
         verdict = f"{_in_digits(off)} {'below' if truth < low else 'above'} it" if off else "inside it"
@@ -116,6 +122,17 @@ def _ends(guess: Any) -> tuple[float, float] | None:
     if not all(isinstance(end, Real) and not isinstance(end, bool) and math.isfinite(end) for end in ends):
         return None
     return min(map(float, ends)), max(map(float, ends))
+
+
+def _likely_meant(guess: Any, low: float, truth: float) -> str:
+    """What a share was probably meant to be, written with a decimal comma or in per cent; "" if it is plausible."""
+    if not 0 < truth < 1:
+        return ""
+    if isinstance(guess, tuple) and guess[0] == 0 and all(isinstance(end, int) for end in guess) and guess[1] > 1:
+        return f"0.{guess[1]}, write it with a point"
+    if 10 <= low <= 100:
+        return f"per cent, write {low:g} % as {low / 100:g}"
+    return ""
 
 
 def _in_digits(value: float) -> str:

@@ -64,8 +64,8 @@ def _judge_ranges(guesses: dict[str, dict[str, Any]]) -> tuple[str, Figure | Non
     shares = ranges.groupby("sure")["held"].agg(["sum", "count"])
     shares["low"], shares["high"] = zip(*(_interval(*counts) for counts in shares.to_numpy()), strict=True)
     words = " ".join(
-        f"Of {row['count']:.0f} ranges that should hold the truth in {100 * sure:.0f} % of cases, "
-        f"{row['sum']:.0f} did: {_verdict(sure, row['low'], row['high'])}."
+        f"Of {row['count']:.0f} range{'' if row['count'] == 1 else 's'} that should hold the truth in "
+        f"{100 * sure:.0f} % of cases, {row['sum']:.0f} did: {_verdict(sure, row['low'], row['high'])}."
         for sure, row in shares.iterrows()
     )
     with plt.rc_context(STYLE):
