@@ -41,6 +41,8 @@ c.CourseDirectory.root = str(Path(__file__).resolve().parent)
 c.ClearSolutions.code_stub = {"python": "raise NotImplementedError  # your code goes here"}
 c.ClearSolutions.text_stub = "*Your answer goes here.*"
 c.Execute.timeout = 1800  # seconds for one cell; after nbgrader's 30 it would stop a training
+# `nbgrader zip_collect` takes files whose names are STUDENT_NN_topic.ipynb
+c.FileNameCollectorPlugin.named_regexp = r"(.*[/\\\\])?(?P<student_id>[^/\\\\]+)_(?P<file_id>\\d\\d_\\w+)"
 c.IgnorePattern.enabled = True  # a warning or a progress bar in a graded cell would otherwise cost all its points
 c.IgnorePattern.pattern = r"[\\s\\S]"  # all that is written to stderr; an exception still costs them
 '''

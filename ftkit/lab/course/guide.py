@@ -76,11 +76,11 @@ def minutes_of_lessons(measured: Mapping[str, Any]) -> str:
         lines.append(f"| {' | '.join(map(str, shown))} |")
     notes = (
         f"Minutes; in brackets the number of exercises. For reading, {WORDS_A_MINUTE} words or {LINES_A_MINUTE} lines "
-        "of code a minute are assumed. Running is the tier cpu on 2 cores, from imports to the last cell, as measured."
+        "of code a minute\nare assumed. Running is the tier cpu on 2 cores, from imports to the last cell, as measured."
     )
     if unknown:
         notes += (
-            f" Lesson{'s' if len(unknown) > 1 else ''} {', '.join(sorted(unknown))}: exercises without minutes of "
+            f"\nLesson{'s' if len(unknown) > 1 else ''} {', '.join(sorted(unknown))}: exercises without minutes of "
             f"their own count {USUAL_MINUTES} each."
         )
     return "\n".join(lines) + f"\n\n{notes}"
@@ -127,7 +127,8 @@ def classroom_table(measured: Mapping[str, Mapping[str, Any]]) -> str:
     count, cores = figures[0]["students"], figures[0]["cores"]
     rows: dict[str, list[str]] = {
         "one student alone": [_time(each["alone"]["seconds"]) for each in figures],
-        f"{count} students at once, each": [_time(each["together"]["seconds"]) for each in figures],
+        f"{count} students at once": [_time(each["together"]["seconds"]) for each in figures],
+        "the same without `OMP_NUM_THREADS=1`": [_time(each["all_threads"]["seconds"]) for each in figures],
         "processor time of one": [_time(each["together"]["cpu_seconds"]) for each in figures],
         "memory of one kernel that no other shares": [_gib(each["together"]["private_mib"]) for each in figures],
         "memory that all kernels share, once": [_gib(each["together"]["shared_mib"]) for each in figures],
