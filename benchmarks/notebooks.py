@@ -2,7 +2,7 @@
 
 ``--write`` also leaves the notebook as it is committed: with the outputs of the cpu tier, executed once from top to
 bottom, and the measured figures in its header. It records the figures in data/measured.json, and puts the results of
-notebook 01 into the table of the README.
+notebook 01 into the table of the README, and the minutes of each lesson into docs/instructors.md.
 
     python benchmarks/notebooks.py [01_full_fine_tuning …] [--write]
 """
@@ -11,12 +11,12 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import tempfile
 from pathlib import Path
 
 import nbformat
 
+from ftkit.lab.course.guide import GUIDE, filled, replace_between
 from ftkit.lab.results import results_table
 from ftkit.lab.runs.execution import execute
 
@@ -46,11 +46,12 @@ def write(notebook: Path, executed: Path, figures: dict[str, dict[str, float]]) 
             cell.metadata.pop(added, None)
         if not cell.metadata.get("tags", [True]):
             del cell.metadata["tags"]
-    cells.cells[0].source = _between("needs", needs_table(figures), cells.cells[0].source)
+    cells.cells[0].source = replace_between("needs", needs_table(figures), cells.cells[0].source)
     nbformat.write(cells, notebook)
     measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
     measured[notebook.stem] = {**figures, **digests(cells)}
     MEASURED.write_text(json.dumps(measured, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    GUIDE.write_text(filled(GUIDE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def needs_table(figures: dict[str, dict[str, float]]) -> str:
@@ -76,17 +77,7 @@ def write_results(metrics: dict[str, dict[str, object]]) -> None:
     table = results_table(metrics)
     lines = [["method", *table.columns], ["---"] * (1 + len(table.columns)), *map(list, table.itertuples())]
     markdown = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    README.write_text(_between("results", markdown, README.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-def _between(mark: str, content: str, text: str) -> str:
-    """The text, with ``content`` in place of what stands between the two comments with that mark."""
-    return re.sub(
-        rf"<!-- {mark} -->.*?<!-- /{mark} -->",
-        lambda _: f"<!-- {mark} -->\n\n{content}\n\n<!-- /{mark} -->",
-        text,
-        flags=re.DOTALL,
-    )
+    README.write_text(replace_between("results", markdown, README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _minutes(seconds: float) -> str:

@@ -149,6 +149,8 @@ def test_luck_does_not_pass(exercise: Exercise) -> None:
 @pytest.mark.parametrize("exercise", EXERCISES.values(), ids=list(EXERCISES))
 def test_an_exercise_is_complete(exercise: Exercise) -> None:
     assert len(exercise.mistakes) >= 5
+    assert 1 <= exercise.minutes <= 30
+    assert exercise.difficulty in (1, 2, 3)
     for said in [*map(in_words_of, exercise.mistakes), *(in_words_of(case) for case in exercise.cases[1:])]:
         assert not said.endswith(".")
     assert all(hint.endswith((".", "`.")) for hint in exercise.hints)

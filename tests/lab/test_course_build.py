@@ -134,16 +134,18 @@ def test_instructor_edition_has_all_of_it_and_the_mistakes(built: Path) -> None:
     assert code_outputs(edition) == code_outputs(source)
     notes = [cell.source for cell in edition.cells if "For instructors" in cell.source]
     assert [note.splitlines()[0] for note in notes] == [
-        "**For instructors: warm-up** (1 point)",
-        "**For instructors: accumulation** (2 points)",
+        "**For instructors: minutes of each section**",
+        f"**For instructors: warm-up** (1 point, {find_exercise('warm-up').effort})",
+        f"**For instructors: accumulation** (2 points, {find_exercise('accumulation').effort})",
     ]
+    assert "| (the beginning) | 3 | warm-up 8, accumulation 5, judgement 8 |" in edition.cells[1].source
     exercise = find_exercise("accumulation")
     for said in (*exercise.hints, *map(in_words_of, exercise.mistakes), "return sum(mean_losses) / len(mean_losses)"):
-        assert said in notes[1]
-    assert '"""' not in notes[1]
+        assert said in notes[2]
+    assert '"""' not in notes[2]
     assert "weighs the cost" in text_of(edition)
     graded = next(i for i, cell in enumerate(edition.cells) if "accumulation-grade" in str(cell.metadata))
-    assert edition.cells[graded + 1].source == notes[1]
+    assert edition.cells[graded + 1].source == notes[2]
 
 
 def test_instructor_edition_of_lesson_01_has_the_recorded_scores(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ftkit.errors import CourseError, first_line
 from ftkit.lab.course.exercises import all_exercises, source_of
 from ftkit.lab.course.judging import Exercise, in_words_of
+from ftkit.lab.course.minutes import sections_of, sections_table
 from ftkit.lab.results import write_whole, writing
 from ftkit.lab.runs.notebooks import find_notebook
 from ftkit.lab.studies.declaration import STUDIES_FOLDER
@@ -21,7 +22,7 @@ from ftkit.lab.studies.study import load_study
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-_LESSONS = Path(__file__).parents[3] / "notebooks"
+LESSONS_FOLDER = Path(__file__).parents[3] / "notebooks"
 
 _CONFIG = '''"""nbgrader's configuration; `ftkit course build` writes it once and leaves your changes alone."""
 
@@ -40,6 +41,8 @@ c.CourseDirectory.root = str(Path(__file__).resolve().parent)
 c.ClearSolutions.code_stub = {"python": "raise NotImplementedError  # your code goes here"}
 c.ClearSolutions.text_stub = "*Your answer goes here.*"
 c.Execute.timeout = 1800  # seconds for one cell; after nbgrader's 30 it would stop a training
+# `nbgrader zip_collect` takes files whose names are STUDENT_NN_topic.ipynb
+c.FileNameCollectorPlugin.named_regexp = r"(.*[/\\\\])?(?P<student_id>[^/\\\\]+)_(?P<file_id>\\d\\d_\\w+)"
 c.IgnorePattern.enabled = True  # a warning or a progress bar in a graded cell would otherwise cost all its points
 c.IgnorePattern.pattern = r"[\\s\\S]"  # all that is written to stderr; an exception still costs them
 '''
@@ -54,9 +57,9 @@ def build_course(out: str | Path, notebooks: Sequence[str | Path] = (), *, refer
 
     In the student edition, stubs stand in place of the solutions, hidden tests are absent, and guesses are open. Cells
     above the first that asks something of the student (to write, or to guess) keep their outputs; all others lose them,
-    because they depend on the answer or give it away. The instructor edition has everything, and after each exercise
-    its hints and common mistakes, at its end the scores over seeds of the recorded studies. nbgrader itself makes the
-    release from ``OUT/nbgrader/source``.
+    because they depend on the answer or give it away. The instructor edition has everything, and at its top the
+    minutes of each section, after each exercise its hints and common mistakes, at its end the scores over seeds of the
+    recorded studies. nbgrader itself makes the release from ``OUT/nbgrader/source``.
 
     Files of an earlier build are replaced; what nbgrader has collected and graded stays, and so does a changed
     ``nbgrader_config.py``.
@@ -82,7 +85,7 @@ def build_course(out: str | Path, notebooks: Sequence[str | Path] = (), *, refer
         raise CourseError('nbgrader is not installed: run `pip install "ftkit[course]"`.') from None
     sources = [find_notebook(name) for name in notebooks] or [*_lessons()]
     if not sources:
-        raise CourseError(f"There are no notebooks in {_LESSONS}: name those to build.")
+        raise CourseError(f"There are no notebooks in {LESSONS_FOLDER}: name those to build.")
     for name in {path.stem for path in sources}:
         if (same := [path for path in sources if path.stem == name])[1:]:
             raise CourseError(f"{len(same)} notebooks are called {name}: an edition can have only one of them.")
@@ -110,7 +113,7 @@ def build_course(out: str | Path, notebooks: Sequence[str | Path] = (), *, refer
 
 
 def _lessons() -> Iterable[Path]:
-    return sorted(_LESSONS.glob("*.ipynb")) + sorted(_LESSONS.glob("deeper/*.ipynb"))
+    return sorted(LESSONS_FOLDER.glob("*.ipynb")) + sorted(LESSONS_FOLDER.glob("deeper/*.ipynb"))
 
 
 def _write(path: Path, notebook: "NotebookNode") -> None:
@@ -193,7 +196,7 @@ def _opened(source: str) -> str:
 
 
 def _for_instructors(notebook: "NotebookNode", path: Path) -> "NotebookNode":
-    """With the hints and common mistakes after each exercise, and the recorded scores at the end."""
+    """With minutes at the top, hints and common mistakes after each exercise, and the recorded scores at the end."""
     from nbformat.v4 import new_markdown_cell
 
     known = {exercise.name: exercise for exercises in all_exercises().values() for exercise in exercises}
@@ -209,6 +212,8 @@ def _for_instructors(notebook: "NotebookNode", path: Path) -> "NotebookNode":
             edition.cells += [new_markdown_cell(_notes_on(known[name], marks.get("points"))) for name in waiting]
             waiting = []
     edition.cells += [new_markdown_cell(_notes_on(known[name], None)) for name in waiting]
+    minutes = f"**For instructors: minutes of each section**\n\n{sections_table(sections_of(notebook))}"
+    edition.cells.insert(1, new_markdown_cell(minutes))
     if expected := _expected_scores(path):
         edition.cells.append(new_markdown_cell(expected))
     return edition
@@ -216,7 +221,7 @@ def _for_instructors(notebook: "NotebookNode", path: Path) -> "NotebookNode":
 
 def _notes_on(exercise: Exercise, points: float | None) -> str:
     """Hints and common mistakes of an exercise, as Markdown."""
-    worth = f" ({points:g} point{'' if points == 1 else 's'})" if points is not None else ""
+    worth = f"{points:g} point{'' if points == 1 else 's'}, " if points is not None else ""
     hints = "\n".join(f"{i}. {hint}" for i, hint in enumerate(exercise.hints, 1))
     mistakes = "\n\n".join(
         f"The check says: {in_words_of(mistake)}.\n\n```python\n{_without_docstring(source_of(mistake))}\n```"
@@ -226,7 +231,7 @@ def _notes_on(exercise: Exercise, points: float | None) -> str:
     special = f"\n\nSpecial cases that are tried, too:{special}" if special else ""
     forbidden = f"\n\nNot allowed: `{'`, `'.join(exercise.forbidden)}`." if exercise.forbidden else ""
     return (
-        f"**For instructors: {exercise.name}**{worth}\n\nHints:\n\n{hints}{forbidden}{special}\n\n"
+        f"**For instructors: {exercise.name}** ({worth}{exercise.effort})\n\nHints:\n\n{hints}{forbidden}{special}\n\n"
         f"What students get wrong:\n\n{mistakes}"
     )
 

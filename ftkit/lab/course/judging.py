@@ -79,6 +79,8 @@ class Exercise:
             one has a docstring, which is said about an answer that is right in the cases before and wrong in this one.
         mistakes: wrong answers that readers give; the docstring of each is what the check says about it.
         hints: three sentences of growing help.
+        minutes: time that a student needs, about.
+        difficulty: 1 (one idea), 2 (several steps) or 3 (the idea of the lesson, in full).
         forbidden: functions that the answer must not call, such as ``torch.nn.functional.cross_entropy``.
         outcome: runs an answer on drawn arguments and returns what it is judged by.
     """
@@ -88,8 +90,15 @@ class Exercise:
     cases: Sequence[Callable[[np.random.Generator], Sequence[Any]]]
     mistakes: Sequence[Callable]
     hints: tuple[str, str, str]
+    minutes: int
+    difficulty: int
     forbidden: Sequence[str] = ()
     outcome: Callable[[Callable, Sequence[Any]], Any] = called_once
+
+    @property
+    def effort(self) -> str:
+        """Minutes and difficulty, in words."""
+        return f"about {self.minutes} minutes, difficulty {self.difficulty} of 3"
 
 
 def judge(exercise: Exercise, answer: Any, seeds: Sequence[int]) -> str | None:

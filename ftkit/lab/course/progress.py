@@ -15,7 +15,8 @@ class Overview:
     """What a reader has done; shown as the last expression of a cell.
 
     Attributes:
-        exercises: a row per exercise: lesson, whether it is right, tries, hints, whether the solution was shown.
+        exercises: a row per exercise: lesson, the minutes that it takes, about, whether it is right, tries, hints,
+            whether the solution was shown.
         ranges: how many ranges held the truth, in words.
         figure: the share of ranges that held the truth against the share that should; None without a range.
     """
@@ -48,8 +49,9 @@ def progress() -> Overview:
             entry = kept["exercises"].get(exercise.name, {})
             state = "right" if entry.get("right") else "not yet right" if entry.get("tries") else "not attempted"
             seen = "shown" if entry.get("solution") else ""
-            rows.append((lesson, exercise.name, state, entry.get("tries", 0), entry.get("hints", 0), seen))
-    table = pd.DataFrame(rows, columns=["lesson", "exercise", "state", "tries", "hints", "solution"])
+            done = (state, entry.get("tries", 0), entry.get("hints", 0), seen)
+            rows.append((lesson, exercise.name, exercise.minutes, *done))
+    table = pd.DataFrame(rows, columns=["lesson", "exercise", "minutes", "state", "tries", "hints", "solution"])
     return Overview(table.set_index(["lesson", "exercise"]), *_judge_ranges(kept["guesses"]))
 
 

@@ -81,6 +81,8 @@ def exercise_cross_entropy() -> Exercise:
             "Pick one log-probability from each row with `log_p[torch.arange(len(labels)), labels]`; "
             "the loss is minus their mean.",
         ),
+        minutes=10,
+        difficulty=2,
         forbidden=("torch.nn.functional.cross_entropy",),
         outcome=loss_and_gradient,
     )  # fmt: skip
@@ -150,6 +152,8 @@ def exercise_warm_up() -> Exercise:
             "In the first part the factor grows from 0 by 1 / warmup a step.",
             "In the second part it is the number of steps that are left, divided by the number of steps in that part.",
         ),
+        minutes=8,
+        difficulty=1,
     )
 
 
@@ -194,6 +198,8 @@ def exercise_accumulation() -> Exercise:
             "A part's mean loss times its size is the sum of the losses of its rows.",
             "Add these sums over all parts, then divide by the number of all rows, `sum(sizes)`.",
         ),
+        minutes=5,
+        difficulty=1,
     )
 
 
@@ -385,5 +391,7 @@ def exercise_training_step() -> Exercise:
             "`torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)` clips what backward() leaves in the weights.",
             "Keep the loss in a variable before the step and return it at the end; the optimizer clears the gradients.",
         ),
+        minutes=8,
+        difficulty=2,
         outcome=two_steps,
     )  # fmt: skip

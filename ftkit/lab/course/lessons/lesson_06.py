@@ -78,6 +78,8 @@ def exercise_clip_loss() -> Exercise:
             "Each row is a classification whose right class is its own number; so is each column: "
             "take the mean of both cross-entropies.",
         ),
+        minutes=12,
+        difficulty=3,
         outcome=loss_and_gradient,
     )  # fmt: skip
 
@@ -128,4 +130,6 @@ def exercise_recall_at_k() -> Exercise:
             "The rank of a row's own column is 1 plus the number of columns that are more similar.",
             "The answer is the share of rows whose rank is at most k.",
         ),
+        minutes=8,
+        difficulty=2,
     )
