@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -12,6 +13,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 from ftkit.data.assets import registry
+from ftkit.lab.course.exercises import all_exercises
 from ftkit.lab.runs.notebooks import default_parameters
 from ftkit.lab.runs.report import ABSOLUTE_PATH
 
@@ -338,6 +340,15 @@ def test_a_lesson_fits_into_an_evening(path: Path) -> None:
     assert first < 3
     assert [cell.metadata.tags for cell in notebook.cells if cell.metadata.get("tags") == ["predict"]]
     assert any("nbgrader" in cell.metadata for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+@pytest.mark.parametrize("path", SECOND_EDITION, ids=lambda path: path.stem)
+def test_an_exercise_states_the_minutes_of_the_catalogue(path: Path) -> None:
+    known = {exercise.name: exercise.minutes for found in all_exercises().values() for exercise in found}
+    cells = read(path).cells
+    for above, cell in pairwise(cells):
+        if (name := cell.metadata.get("nbgrader", {}).get("grade_id")) in known:
+            assert f"({known[name]} minutes" in above.source, name
 
 
 def test_form_finds_what_is_wrong() -> None:

@@ -44,13 +44,14 @@ class Section:
 def sections_of(notebook: "NotebookNode") -> list[Section]:
     """The sections of a lesson, which begin at headings of the second level; those without content are left out.
 
-    Folded cells, the `parameters` cell and graded cells count for nothing: they are not for reading.
+    Folded cells, the `parameters` cell and graded cells count for nothing: they are not for reading. An exercise that is
+    graded by hand takes the minutes that the cell above states: "(10 minutes".
 
     Args:
         notebook: the lesson, with its solutions.
     """
     known = {exercise.name: exercise.minutes for exercises in all_exercises().values() for exercise in exercises}
-    sections = [Section(_BEGINNING)]
+    sections, stated = [Section(_BEGINNING)], None
     for cell in notebook.cells:
         marks = cell.metadata.get("nbgrader", {})
         if cell.cell_type == "markdown":
@@ -62,7 +63,9 @@ def sections_of(notebook: "NotebookNode") -> list[Section]:
         ):
             sections[-1].code_lines += sum(bool(line.strip()) for line in cell.source.splitlines())
         if marks.get("solution"):
-            sections[-1].exercises[marks["grade_id"]] = known.get(marks["grade_id"], USUAL_MINUTES)
+            minutes = known.get(marks["grade_id"]) or (int(stated[1]) if stated else USUAL_MINUTES)
+            sections[-1].exercises[marks["grade_id"]] = minutes
+        stated = re.search(r"\((\d+) minutes", cell.source) if cell.cell_type == "markdown" else None
     return [section for section in sections if section.words or section.code_lines]
 
 

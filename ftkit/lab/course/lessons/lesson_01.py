@@ -81,7 +81,7 @@ def exercise_cross_entropy() -> Exercise:
             "Pick one log-probability from each row with `log_p[torch.arange(len(labels)), labels]`; "
             "the loss is minus their mean.",
         ),
-        minutes=10,
+        minutes=8,
         difficulty=2,
         forbidden=("torch.nn.functional.cross_entropy",),
         outcome=loss_and_gradient,
@@ -152,7 +152,7 @@ def exercise_warm_up() -> Exercise:
             "In the first part the factor grows from 0 by 1 / warmup a step.",
             "In the second part it is the number of steps that are left, divided by the number of steps in that part.",
         ),
-        minutes=8,
+        minutes=6,
         difficulty=1,
     )
 
@@ -292,6 +292,8 @@ def exercise_learning_curve() -> Exercise:
             "If nothing was: did the training loss rise? `max(training) > 1.05 * ln_c` tells too high from too low.",
             "If something was: compare `validation[-1]` with `min(validation)`.",
         ),
+        minutes=8,
+        difficulty=2,
         outcome=each,
     )  # fmt: skip
 
@@ -391,7 +393,7 @@ def exercise_training_step() -> Exercise:
             "`torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)` clips what backward() leaves in the weights.",
             "Keep the loss in a variable before the step and return it at the end; the optimizer clears the gradients.",
         ),
-        minutes=8,
+        minutes=6,
         difficulty=2,
         outcome=two_steps,
     )  # fmt: skip
