@@ -44,8 +44,8 @@ class Section:
 def sections_of(notebook: "NotebookNode") -> list[Section]:
     """The sections of a lesson, which begin at headings of the second level; those without content are left out.
 
-    Folded cells, the `parameters` cell and graded cells count for nothing: they are not for reading. An exercise that is
-    graded by hand takes the minutes that the cell above states: "(10 minutes".
+    Folded cells, the `parameters` cell and graded cells count for nothing: they are not for reading. An exercise that
+    is graded by hand takes the minutes that the cell above states: "(10 minutes".
 
     Args:
         notebook: the lesson, with its solutions.
