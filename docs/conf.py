@@ -37,14 +37,16 @@ html_title = "ftkit"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_copyright = False
 html_theme_options = {"navigation_with_keys": True}
 pygments_style = "xcode"
 
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # attributes as one list
 autodoc_member_order = "bysource"  # of a door: the order of its names
 autodoc_typehints_format = "short"
-autodoc_default_options = {"no-value": True}
+autodoc_default_options = {"no-value": True, "exclude-members": "model_config"}  # of pydantic
 autodoc_preserve_defaults = True
 autosummary_generate = False
 python_use_unqualified_type_names = True

@@ -15,6 +15,8 @@ from sphinx.util.logging import getLogger
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
+_FOLDERS = (".", "deeper")
+
 # Bold or italics of a few words; the bold number and title of an exercise explains nothing.
 _EMPHASIS = re.compile(r"(?<![\w*])\*{1,2}(?![\s\d*])([^*]{1,60})(?<!\s)\*{1,2}(?![\w*])")
 
@@ -46,9 +48,9 @@ def write_pages(folder: Path, pages: dict[str, str]) -> None:
             path.unlink()
 
 
-def notebooks(folder: str) -> list[Path]:
-    """The notebooks of a folder under ``notebooks``, in reading order."""
-    return sorted((NOTEBOOKS / folder).glob("*.ipynb"))
+def notebooks(*folders: str) -> list[Path]:
+    """The notebooks of some folders under ``notebooks``, each folder in reading order."""
+    return [path for folder in folders for path in sorted((NOTEBOOKS / folder).glob("*.ipynb"))]
 
 
 def page_of(path: Path) -> str:
@@ -59,12 +61,18 @@ def page_of(path: Path) -> str:
 def _copy_notebooks(app: Sphinx, config: Config) -> None:
     """Copy the notebooks below the sources of the site, which is where Sphinx looks for pages."""
     pages = {}
-    for path in [*notebooks("."), *notebooks("deeper")]:
+    for path in notebooks(*_FOLDERS):
         notebook = json.loads(path.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
+            cell["outputs"] = [output for output in cell.get("outputs", []) if not _is_empty(output)]
             _fold(cell)
         pages[path.relative_to(NOTEBOOKS).as_posix()] = json.dumps(notebook, ensure_ascii=False)
     write_pages(Path(app.srcdir) / "lessons", pages)
+
+
+def _is_empty(output: dict[str, Any]) -> bool:
+    """Whether an output shows nothing, as a line of progress that was cleared in the end."""
+    return "data" in output and not any("".join(text).strip() for text in output["data"].values())
 
 
 def _fold(cell: dict[str, Any]) -> None:
@@ -125,9 +133,9 @@ class LessonLink(SphinxRole):
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         """Make the link; a lesson that has no such word is a warning."""
         number, _, term = self.text.partition(" ")
-        for path in sorted(NOTEBOOKS.rglob(f"{number}_*.ipynb")):  # those of deeper come last
+        for path in notebooks(*_FOLDERS):
             self.env.note_dependency(str(path))
-            if heading := _section(path, term):
+            if path.name.startswith(f"{number}_") and (heading := _section(path, term)):
                 link = f"[lesson {number}, “{heading}”]({page_of(path)}#{github_slugify(heading)})"
                 return self.inliner.parse(link, self.lineno, self.inliner, self.inliner.parent)
         _log.warning(

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 from lessons import write_pages
+from pydantic import BaseModel
 from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.errors import PycodeError
@@ -18,6 +19,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Register what this file adds to Sphinx."""
     app.connect("config-inited", _write_pages)
     app.connect("autodoc-process-docstring", _describe_constant)
+    app.connect("autodoc-process-docstring", _describe_settings)
+    app.connect("autodoc-process-signature", _shorten_signature)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -63,3 +66,20 @@ def _describe_constant(app: Sphinx, what: str, name: str, value: object, options
             continue
         if ("", constant) in comments:
             lines[:] = comments["", constant]
+
+
+def _describe_settings(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    """Take the description of each setting from its declaration."""
+    if _are_settings(value):
+        lines += ["", *(f":param {field}: {info.description}" for field, info in value.model_fields.items())]
+
+
+def _shorten_signature(
+    app: Sphinx, what: str, name: str, value: object, options: object, signature: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+    """Leave the types of settings out: they are long, and a value that is not allowed is refused in a sentence."""
+    return ("(**settings)", None) if _are_settings(value) else (signature, returned)
+
+
+def _are_settings(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)
