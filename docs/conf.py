@@ -38,6 +38,7 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_copyright = False
+html_use_index = html_domain_indices = False  # the search finds the same
 html_theme_options = {"navigation_with_keys": True}
 pygments_style = "xcode"
 

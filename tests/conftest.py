@@ -14,7 +14,9 @@ torch.set_num_threads(1)  # a tiny network is faster on one core
 if hasattr(signal, "SIGHUP"):  # under nohup, the processes that tests start would ignore it, too
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-TRAINS = re.compile(r"\b(fit|learn_sequence|run_(notebook|study|grid)|NotebookClient|execute)\(|--nbval|autograde|sphinx")
+TRAINS = re.compile(
+    r"\b(fit|learn_sequence|run_(notebook|study|grid)|NotebookClient|execute)\(|--nbval|autograde|sphinx\.cmd"
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

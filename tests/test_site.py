@@ -1,4 +1,4 @@
-"""The site, built without a network: every link inside it leads somewhere, and no page loads anything from elsewhere."""
+"""The site, built without a network: each link inside it leads somewhere, and no page loads anything from elsewhere."""
 
 import importlib
 import os

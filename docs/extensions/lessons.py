@@ -109,14 +109,15 @@ class Lessons(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Make the list."""
-        listed, entries = list(self.content), []
-        for path in notebooks(self.arguments[0]):
-            self.env.note_dependency(str(path))
+        self.env.note_reread()  # in each build: there may be another notebook
+        folder, listed, entries = self.arguments[0], list(self.content), []
+        label = "" if folder == "." else f"{folder}: "  # beside the lesson itself, which may have the same title
+        for path in notebooks(folder):
             heading, _, rest = _texts(path)[0].partition("\n")
             title, number = heading.removeprefix("# "), path.stem.partition("_")[0]
             first_paragraph = rest.strip().partition("\n\n")[0]
             listed += ["", f"**{number}** [{title}]({page_of(path)})", "", first_paragraph]
-            entries.append(f"{number} {title.partition(':')[0]} </{page_of(path).removesuffix('.ipynb')}>")
+            entries.append(f"{number} {label}{title.partition(':')[0]} </{page_of(path).removesuffix('.ipynb')}>")
         if not entries:
             return []
         toctree = ["", "```{toctree}", ":hidden:", "", *entries, "```"]

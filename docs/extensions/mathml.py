@@ -1,4 +1,4 @@
-"""Equations as MathML, converted as in the reports of runs: browsers show it without a script or a font from elsewhere."""
+"""Equations as MathML, converted as in the reports of runs: browsers show it without a script."""
 
 from docutils import nodes
 from sphinx.application import Sphinx

@@ -1,6 +1,7 @@
 """The reference: a page for each room with what its door offers, and for each module that is imported by itself."""
 
 import importlib
+import re
 from pathlib import Path
 
 from lessons import write_pages
@@ -58,6 +59,7 @@ def _describe_constant(app: Sphinx, what: str, name: str, value: object, options
     """Take the description of a constant that a door offers from the ``#:`` comment in the file that defines it."""
     if what != "data":
         return
+    lines.clear()  # the docstring of its type
     module, _, constant = name.rpartition(".")
     for path in (PACKAGE.parent / module.replace(".", "/")).glob("*.py"):
         try:
@@ -71,14 +73,19 @@ def _describe_constant(app: Sphinx, what: str, name: str, value: object, options
 def _describe_settings(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
     """Take the description of each setting from its declaration."""
     if _are_settings(value):
-        lines += ["", *(f":param {field}: {info.description}" for field, info in value.model_fields.items())]
+        lines.append("")
+        for field, info in value.model_fields.items():  # a setting of a notebook has a default for each tier instead
+            default = "" if info.is_required() else f"; default ``{info.default!r}``"
+            lines.append(f":param {field}: {info.description}{default}")
 
 
 def _shorten_signature(
     app: Sphinx, what: str, name: str, value: object, options: object, signature: str | None, returned: str | None
 ) -> tuple[str | None, str | None]:
-    """Leave the types of settings out: they are long, and a value that is not allowed is refused in a sentence."""
-    return ("(**settings)", None) if _are_settings(value) else (signature, returned)
+    """Leave the types of settings out, for they are long, and the modules of all other types."""
+    if _are_settings(value):
+        return "(**settings)", None
+    return signature and re.sub(r"~(\w+\.)+", "", signature), returned
 
 
 def _are_settings(value: object) -> bool:
