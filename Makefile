@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 LOCK := requirements.lock
 
-.PHONY: help setup report test check lint lab course bench lock
+.PHONY: help setup report test check lint lab course site bench lock
 
 help:  ## list the commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -41,6 +41,10 @@ lab: $(STAMP)  ## JupyterLab in notebooks/
 
 course: $(STAMP)  ## editions for students, instructors and nbgrader, in build/course
 	@$(BIN)/ftkit course build build/course
+
+site: $(STAMP)  ## lessons, glossary and reference as web pages, in build/site
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/site-doctrees docs build/site
+	@echo build/site/index.html
 
 bench: $(STAMP)  ## every benchmark, one after the other; leave the machine idle
 	@for script in benchmarks/{startup,fit_vs_trainer,feature_cache,prompt_scoring,continual,clip,lab_bench,kept_model,scale,notebooks}.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -68,7 +68,7 @@ def expected_calibration_error(labels: ArrayLike, probabilities: ArrayLike, num_
     """Mean gap, in [0, 1], between the confidence and the accuracy of a classifier (Guo et al., 2017).
 
     The confidence of a row is the probability of its predicted class. The rows are sorted by confidence into bins of
-    equal width, and the error is the sum over bins of (n_b / N) |accuracy_b - confidence_b|.
+    equal width, and the error is the sum over bins of ``(n_b / N) |accuracy_b - confidence_b|``.
 
     Args:
         labels: integers, shape (N,).

@@ -14,11 +14,13 @@ torch.set_num_threads(1)  # a tiny network is faster on one core
 if hasattr(signal, "SIGHUP"):  # under nohup, the processes that tests start would ignore it, too
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-TRAINS = re.compile(r"\b(fit|learn_sequence|run_(notebook|study|grid)|NotebookClient|execute)\(|--nbval|autograde")
+TRAINS = re.compile(
+    r"\b(fit|learn_sequence|run_(notebook|study|grid)|NotebookClient|execute)\(|--nbval|autograde|sphinx\.cmd"
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of files that train, and run the notebooks first, because they take longest."""
+    """Mark the tests of files that train or build the site, and run the notebooks first, because they take longest."""
     for item in items:
         if TRAINS.search(item.path.read_text(encoding="utf-8")):
             item.add_marker("trains")

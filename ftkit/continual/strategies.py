@@ -322,6 +322,7 @@ class WiSEFT(Strategy):
             average_weights(stage.model, self._old, self.strength, skip=stage.new_heads)
 
 
+#: The strategies against forgetting, by the name that ``make_strategy`` takes.
 STRATEGIES: dict[str, type[Strategy]] = {
     "naive": Strategy,
     "joint": Joint,

@@ -16,6 +16,7 @@ Ink = tuple[int, int, int]  # red, green and blue, each from 0 to 255
 
 _FILL = 0.84  # longer side of the glyph, as a share of the square's side
 
+#: The colours that emoji are drawn in, by name: red, green and blue, each from 0 to 255.
 INKS: dict[str, Ink] = {
     "black": (0, 0, 0),
     "red": (220, 38, 38),
@@ -45,7 +46,8 @@ _INK_WORDS = {
 
 LANGUAGES = tuple(_INK_WORDS)
 
-# First and last code points. An emoji of two kinds at once (a cat's face, a person on a bicycle) is in no group.
+#: The groups of emoji: first and last code points.
+#: An emoji of two kinds at once (a cat's face, a person on a bicycle) is in no group.
 GROUPS: dict[str, tuple[tuple[int, int], ...]] = {
     "face": (
         (0x2639, 0x263A), (0x1F47F, 0x1F47F), (0x1F600, 0x1F637), (0x1F641, 0x1F644), (0x1F910, 0x1F915),

@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from ftkit.data.text import encode, load_text
 from ftkit.errors import DataError
 
+#: The data sets of ``many_tasks``, in the order in which they are learned.
 MANY_TASKS = ("movie-sentiment", "bbc-topics", "reuters8", "newsgroups")
 
+#: The data sets of ``many_domains``, in the order in which they are learned.
 MANY_DOMAINS = ("movie-sentiment", "product-sentiment", "editorial-sentiment", "tweet-sentiment")
 
 Rows = list[dict[str, Any]]  # encoded rows of one split

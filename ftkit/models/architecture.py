@@ -24,10 +24,12 @@ from ftkit.models.modules import seeded
 # one layer computes query, key and value together
 _FUSED = ("Wqkv", "c_attn")
 
+#: Names of the layers that compute the queries of an attention, in the usual families of transformers.
 QUERIES = ("query", "query_proj", "q_proj", "q_lin", "q", *_FUSED)
 
 KEYS = ("key", "key_proj", "k_proj", "k_lin", "k", *_FUSED)
 
+#: Names of the layers that compute the values of an attention, in the usual families of transformers.
 VALUES = ("value", "value_proj", "v_proj", "v_lin", "v", *_FUSED)
 
 # output projections of the attention and feed-forward sub-layers

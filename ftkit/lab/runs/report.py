@@ -151,16 +151,16 @@ class _Renderer(IPythonRenderer):
     """Markdown renderer that turns equations into MathML, which browsers show without a script."""
 
     def block_math(self, body: str) -> str:
-        return _mathml(body, "block")
+        return mathml(body, "block")
 
     def inline_math(self, body: str) -> str:
-        return _mathml(body, "inline")
+        return mathml(body, "inline")
 
     def latex_environment(self, name: str, body: str) -> str:
-        return _mathml(rf"\begin{{{name}}}{body}\end{{{name}}}", "block")
+        return mathml(rf"\begin{{{name}}}{body}\end{{{name}}}", "block")
 
 
-def _mathml(latex: str, display: str) -> str:
+def mathml(latex: str, display: str) -> str:
     """Convert an equation to MathML, or to its LaTeX source as code if latex2mathml fails."""
     # replace commands that latex2mathml does not know
     known = re.sub(r"\\(begin|end)\{(aligned|align|gathered|split)\}", r"\\\1{align*}", latex.strip())
