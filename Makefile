@@ -47,7 +47,7 @@ site: $(STAMP)  ## lessons, glossary and reference as web pages, in build/site
 	@echo build/site/index.html
 
 bench: $(STAMP)  ## every benchmark, one after the other; leave the machine idle
-	@for script in benchmarks/{startup,fit_vs_trainer,feature_cache,prompt_scoring,continual,clip,lab_bench,kept_model,scale,notebooks}.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/{startup,fit_vs_trainer,feature_cache,prompt_scoring,continual,clip,lab_bench,kept_model,scale,classroom,notebooks}.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 # torch brings the CUDA packages that fit it where pip finds its CUDA build: they are not ours to pin.
 lock:  ## resolve requirements.lock anew from pyproject.toml (needs uv)

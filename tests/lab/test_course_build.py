@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -217,6 +218,16 @@ def test_nbgrader_grades_a_right_a_half_right_and_an_empty_answer(
     assert "a mean of means gives the small last part too much weight" in feedback
     ran = read(Path("out/nbgrader/autograded/empty/small/small.ipynb"))
     assert "the end at smoke 1.0" in str(ran.cells[-1].outputs)  # the lesson went on with the references
+
+
+@pytest.mark.parametrize("folder", ["/tmp/extracted/", "C:\\extracted\\", ""])
+def test_nbgrader_collects_files_named_student_and_lesson(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "nbgrader_config.py").write_text(build._CONFIG)
+    with build._configured(tmp_path / "nbgrader_config.py") as settings:
+        pattern = settings.FileNameCollectorPlugin.named_regexp
+    for student in ("ada", "ada_b", "ben_07"):
+        found = re.match(pattern, f"{folder}{student}_01_full_fine_tuning.ipynb").groupdict()
+        assert found == {"student_id": student, "file_id": "01_full_fine_tuning"}
 
 
 def test_without_reference_the_lesson_stops_at_what_is_missing(lesson: Path, monkeypatch: pytest.MonkeyPatch) -> None:
