@@ -241,7 +241,7 @@ RIGHT = {
     ("06_clip_loss", "false-negatives"): [
         "return logits - torch.where(same & ~torch.eye(len(same), dtype=torch.bool), 1e9, 0.0)"
     ],
-    ("01_full_fine_tuning", "accumulation"): ["return float(np.average(mean_losses, weights=sizes))"],
+    ("01_rows_and_domains", "accumulation"): ["return float(np.average(mean_losses, weights=sizes))"],
 }
 
 
