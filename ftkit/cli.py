@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--among",
         metavar="DIR_OR_FILE",
-        help="for two towers: find the nearest in this folder of images with captions, or this file of captions",
+        help="for two towers: find the nearest in this folder of images, or in this file of captions",
     )
     predict.set_defaults(command=_predict)
 

@@ -244,6 +244,39 @@ def read_folder(
     return Pairs(np.stack(list(used.values())), [text for _, text in used], facts), notes
 
 
+def read_image_files(folder: Path, *, size: int = 128) -> tuple[NDArray[np.uint8], list[str], list[str]]:
+    """Read all images of a folder, whether they have captions or not; each is prepared as in ``read_folder``.
+
+    Args:
+        folder: folder of the images; they may be in subfolders.
+        size: side of the square, in pixels, that each image is fitted into.
+
+    Returns:
+        The images, shape (N, size, size, 3); their names, relative to the folder; and notes on what was left out.
+
+    Raises:
+        DataError: the folder has no usable image.
+    """
+    files = _Files(folder)
+    problems: dict[str, list[str]] = defaultdict(list)
+    images: dict[str, NDArray[np.uint8]] = {}
+    digests: set[str] = set()
+    for name in (name for name in files.names if Path(name).suffix.lower() in _IMAGE_TYPES):
+        decoded, digest = _try_decode(files.folder / name, size)
+        if decoded is None:
+            problems[digest].append(name)
+        elif digest in digests:
+            problems["duplicate"].append(name)
+        else:
+            images[name] = decoded
+        digests.add(digest)
+    notes = _note(problems, size)
+    if not images:
+        reasons = f" ({'; '.join(notes)})" if notes else ""
+        raise DataError(f"{folder} has no image that can be used{reasons}: give a folder of images.")
+    return np.stack(list(images.values())), list(images), notes
+
+
 def _captions_file(folder: Path, captions: str | Path | None) -> Path:
     if captions is not None:
         path = folder / captions if (folder / captions).is_file() else Path(captions)

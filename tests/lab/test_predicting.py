@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
-from tiny_kept import MAX_LENGTH, NAMES, make_checkpoint, make_trained, write_kept
+from tiny_kept import MAX_LENGTH, NAMES, make_checkpoint, make_settings, make_trained, write_kept
 from tiny_models import CONFIGS, disturb, make_word_tokenizer
 from tiny_texts import csv_of, write
 from tiny_towers import make_pairs, make_towers
@@ -25,7 +25,9 @@ from transformers import AutoModelForCausalLM, pipeline
 from ftkit.adapters.lora import add_lora
 from ftkit.cli import main
 from ftkit.data.chunks import open_rows
+from ftkit.errors import ModelError
 from ftkit.lab.kept import predicting
+from ftkit.lab.kept.keeping import write_model
 from ftkit.lab.kept.loading import KeptClassifier, load_kept
 from ftkit.lab.kept.whole_rows import WholeRows
 from ftkit.models.loading import load_language_model, save
@@ -381,7 +383,7 @@ def test_a_reader_that_goes_away_is_one_sentence(model: Path, tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Kept towers in `model`, and beside it `images`, a folder of ten images with captions."""
+    """Kept towers in `model`, and beside it `images`, a folder of ten images with a file of captions."""
     folder = tmp_path_factory.mktemp("towers")
     pairs = make_pairs(10)
     (folder / "images").mkdir()
@@ -398,14 +400,14 @@ def test_towers_find_the_nearest_images_and_captions(
     source, images = write(tmp_path, "text,id\nw3 w13 w23,1\n,2\nw9,3\n"), towers.parent / "images"
     code, rows = predict(towers, source, "--among", str(images))
     assert code == 0
-    assert list(rows[0]) == ["text", "rank", "file", "caption", "cosine"]
+    assert list(rows[0]) == ["text", "rank", "file", "cosine"]
     assert [(row["text"], row["rank"]) for row in rows] == [
         *(("w3 w13 w23", str(rank)) for rank in range(1, 6)), ("", ""), *(("w9", str(rank)) for rank in range(1, 6)),
     ]  # fmt: skip
     model, pairs = load_kept(towers).model, make_pairs(10)
     cosines = torch.nn.functional.cosine_similarity(model.encode_texts(["w9"]), model.encode_images(pairs.images))
     best = cosines.argsort(descending=True)[:5].tolist()
-    assert [(row["file"], row["caption"]) for row in rows[6:]] == [(f"{i}.png", pairs.captions[i]) for i in best]
+    assert [row["file"] for row in rows[6:]] == [f"{i}.png" for i in best]
     np.testing.assert_allclose([float(row["cosine"]) for row in rows[6:]], cosines[best], atol=1e-4)
     assert "nothing was searched for 1 of 3 rows" in capsys.readouterr().err
 
@@ -413,6 +415,27 @@ def test_towers_find_the_nearest_images_and_captions(
     assert code == 0
     assert list(rows[0]) == ["text", "rank", "nearest", "cosine"]
     assert {row["nearest"] for row in rows if row["rank"]} <= {*pairs.captions}
+
+
+def test_a_folder_without_usable_images_is_refused(
+    towers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    write(tmp_path / "photos", "no image", "a.png")
+    source = write(tmp_path, "text\nw3\n")
+    assert main(["predict", str(towers), str(source), "--among", str(tmp_path / "photos")]) == 1
+    assert "has no image that can be used (1 unreadable files left out: a.png)" in capsys.readouterr().err
+
+
+def test_towers_of_a_network_that_takes_any_size_keep_the_size_of_their_images(towers: Path, tmp_path: Path) -> None:
+    model = make_towers()
+    model.image.size = None
+    with pytest.raises(ModelError, match="give settings with the `size`"):
+        write_kept(model, tmp_path / "model", names=None)
+    folder = write_model(model, tmp_path / "model", make_settings(size=8), method="both", seed=3)
+    assert load_kept(folder).model.image.size == 8
+    code, rows = predict(folder, write(tmp_path, "text\nw3\n"), "--among", str(towers.parent / "images"))
+    assert code == 0 and len(rows) == 5
 
 
 @pytest.mark.parametrize(

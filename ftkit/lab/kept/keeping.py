@@ -312,7 +312,7 @@ def write_model(
         "seed": seed,
     }
     if kind == "towers":
-        info |= _describe_towers(model)
+        info |= _describe_towers(model, settings)
         tokenizer = model.text.tokenizer
     else:
         network = _network(model)
@@ -411,8 +411,12 @@ def _describe_prompt(
     }
 
 
-def _describe_towers(model: TwoTowers) -> dict[str, Any]:
+def _describe_towers(model: TwoTowers, settings: Any) -> dict[str, Any]:
     image = model.image.network
+    # a network that takes any size is kept with the size of the images that it was trained on
+    size = model.image.size or getattr(settings, "size", None)
+    if size is None:
+        raise ModelError("The image tower takes images of any size: give settings with the `size` of its images.")
     return {
         "base": _base_name(model.text.network.config),
         "dim": model.text_head.out_features
@@ -424,7 +428,7 @@ def _describe_towers(model: TwoTowers) -> dict[str, Any]:
         "image": {
             "network": type(image).__name__,
             "base": _base_name(image.config) if isinstance(image, PreTrainedModel) else "efficientnet-lite0",
-            "size": model.image.size,
+            "size": size,
             "mean": list(model.image.mean),
             "std": list(model.image.std),
         },
@@ -486,7 +490,7 @@ def _write_towers(model: TwoTowers, tokenizer: PreTrainedTokenizerBase, folder: 
     image, place = model.image.network, folder / IMAGE_FOLDER
     if isinstance(image, PreTrainedModel):
         image.save_pretrained(place)
-        size = {"height": model.image.size, "width": model.image.size}
+        size = dict.fromkeys(("height", "width"), info["image"]["size"])
         scaling = {"do_normalize": True, "image_mean": info["image"]["mean"], "image_std": info["image"]["std"]}
         (place / "preprocessor_config.json").write_text(json.dumps({"size": size, **scaling}), encoding="utf-8")
     else:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ftkit.data.chunks import RowsOfFile, cell_text, in_chunks, open_rows, text_lines
-from ftkit.data.image_readers import read_folder
+from ftkit.data.image_readers import read_image_files
 from ftkit.data.text import folded, sort_names
 from ftkit.data.text_readers import LABEL_NAMES, TEXT_NAMES, most_letters, usual_column
 from ftkit.errors import DataError, ModelError, in_brief
@@ -59,7 +59,7 @@ def predict_file(
         source: any file that ``read_table`` reads, or "-" for one text a line on stdin.
         out: the CSV file to write; None for stdout.
         text, label: names of the columns; None to guess them.
-        among: for two towers, what to search in: a folder of images with captions, or a file with a caption a row.
+        among: for two towers, what to search in: a folder of images, or a file with a caption a row.
 
     Returns:
         The number of rows of the source that are in the result.
@@ -365,9 +365,7 @@ def _search(
     if label is not None:
         raise ModelError("Two towers find what is nearest and read no labels: leave --label out.")
     if among is None:
-        raise ModelError(
-            "Two towers search: give --among FOLDER, of images with their captions, or --among FILE, of captions."
-        )
+        raise ModelError("Two towers search: give --among FOLDER, of images, or --among FILE, of captions.")
     if rows is None:
         lines, total, name = ((line,) for line in _stdin()), None, "stdin"
     else:
@@ -402,12 +400,10 @@ def _search(
 def _candidates(model: KeptTowers, among: Path) -> tuple[list[str], list[list[str]], Tensor]:
     """Header and cells of what is searched, and its embeddings, each of length 1."""
     if among.is_dir():
-        pairs, notes = read_folder(among, size=model.model.image.size)
+        images, files, notes = read_image_files(among, size=model.model.image.size)
         for note in notes:
             _say(f"{among}: {note}")
-        pairs = pairs.take(pairs.own_images)  # or one image could fill all ranks
-        cells = [[file, caption] for file, caption in zip(pairs.facts["file"], pairs.captions, strict=True)]
-        return ["file", "caption"], cells, _of_length_1(model.model.encode_images(pairs.images))
+        return ["file"], [[file] for file in files], _of_length_1(model.model.encode_images(images))
     rows = open_rows(among)
     column = _choose_columns(rows, None, None, []).text
     captions = [cell_text(cell, i, "text", rows.name) for i, (cell,) in enumerate(rows.read(column), start=1)]
