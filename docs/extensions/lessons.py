@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def _copy_notebooks(app: Sphinx, config: Config) -> None:
     for path in notebooks(*_FOLDERS):
         notebook = json.loads(path.read_text(encoding="utf-8"))
         for cell in notebook["cells"]:
-            cell["outputs"] = [output for output in cell.get("outputs", []) if not _is_empty(output)]
+            if cell["cell_type"] == "code":
+                cell["outputs"] = [output for output in cell["outputs"] if not _is_empty(output)]
             _fold(cell)
         pages[path.relative_to(NOTEBOOKS).as_posix()] = json.dumps(notebook, ensure_ascii=False)
     write_pages(Path(app.srcdir) / "lessons", pages)
@@ -78,10 +80,15 @@ def _is_empty(output: dict[str, Any]) -> bool:
 def _fold(cell: dict[str, Any]) -> None:
     """Fold the code that JupyterLab folds, the parameters, the solution of an exercise and its graded check."""
     metadata = cell["metadata"]
-    tags, exercise = metadata.setdefault("tags", []), metadata.get("nbgrader", {})
-    if exercise.get("solution"):
+    tags = metadata.setdefault("tags", [])
+    if cell["cell_type"] == "markdown":
+        if _is_solution(cell):  # of a question that asks for a judgement
+            answer = "".join(cell["source"])
+            cell["source"] = f"<details>\n<summary>Show a solution</summary>\n\n{answer}\n\n</details>"
+        return
+    if _is_solution(cell):
         label = "a solution"
-    elif exercise.get("grade"):
+    elif metadata.get("nbgrader", {}).get("grade"):
         label = "the graded check"
     elif metadata.get("jupyter", {}).get("source_hidden") or "parameters" in tags:
         label = "the code"
@@ -91,10 +98,15 @@ def _fold(cell: dict[str, Any]) -> None:
     metadata["mystnb"] = {"code_prompt_show": f"Show {label}", "code_prompt_hide": f"Hide {label}"}
 
 
+@cache
 def _texts(path: Path) -> list[str]:
-    """The Markdown cells of a notebook."""
+    """The Markdown cells of a notebook, without the solutions of exercises."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    return ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown" and not _is_solution(c)]
+
+
+def _is_solution(cell: dict[str, Any]) -> bool:
+    return bool(cell["metadata"].get("nbgrader", {}).get("solution"))
 
 
 class Lessons(SphinxDirective):
@@ -132,17 +144,19 @@ class LessonLink(SphinxRole):
     """
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
-        """Make the link; a lesson that has no such word is a warning."""
+        """Make the link; a lesson that has no such words is a warning."""
         number, _, term = self.text.partition(" ")
-        for path in notebooks(*_FOLDERS):
-            self.env.note_dependency(str(path))
-            if path.name.startswith(f"{number}_") and (heading := _section(path, term)):
-                link = f"[lesson {number}, “{heading}”]({page_of(path)}#{github_slugify(heading)})"
+        found = [(path, heading) for path in notebooks(*_FOLDERS) if (heading := _section(path, term))]
+        for path, heading in found:
+            if path.name.startswith(f"{number}_"):
+                self.env.note_dependency(str(path))
+                deeper = ", going deeper" if path.parent != NOTEBOOKS else ""
+                link = f"[lesson {number}{deeper}, “{heading}”]({page_of(path)}#{github_slugify(heading)})"
                 return self.inliner.parse(link, self.lineno, self.inliner, self.inliner.parent)
+        others = ", ".join(path.stem for path, _ in found) or "none"
         _log.warning(
-            "No section of lesson %s has the words %r: name the lesson that explains the term.",
-            number,
-            term,
+            "No section of lesson %s has the words “%s”: name the lesson that explains the term. They are in: %s.",
+            *(number, term, others),
             location=self.get_location(),
         )
         return [nodes.Text(f"lesson {number}")], []
