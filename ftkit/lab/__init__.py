@@ -20,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "course.progress": ["progress"],
         "kept.keeping": ["BestRun", "LastModel", "save_predictions"],
         "kept.loading": ["load_kept"],
+        "baselines": ["logistic_regression", "majority_class", "mean_embeddings"],
         "scoreboard": ["Scoreboard"],
         "results": ["Outcome", "mean_figures", "method_entry", "results_table", "save_metrics"],
         "widgets.panel": ["panel"],

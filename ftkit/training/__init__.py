@@ -11,7 +11,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "losses": ["ModelWithLoss", "Penalty"],
         "batching": ["evaluation_batches", "make_batch", "row_lengths", "training_batches"],
         "freezing": ["GradualUnfreezing", "LayerwiseRates", "freeze", "group_table", "layer_rates"],
-        "baselines": ["logistic_regression", "majority_class", "mean_embeddings"],
         "feature_cache": ["cache_frozen_layers"],
         "monitor": ["Meter"],
     },
