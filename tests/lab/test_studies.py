@@ -377,7 +377,7 @@ def test_the_intervals_of_a_summary(folder: Path) -> None:
     table = Study(declaration, pd.DataFrame(rows)).summary()
     # by hand: s = sqrt(0.025 / 4), t = 2.776445 for 4 degrees of freedom
     arm, run_arm = 2.776445 * 0.0790569 / 5**0.5, 2.776445 * 0.0790569 * 1.2**0.5
-    assert table.drop(columns="by_seed").loc[50].tolist() == pytest.approx(
+    assert table.loc[50].tolist() == pytest.approx(
         [0.8, 0.8 - arm, 0.8 + arm, 0.8 - run_arm, 0.8 + run_arm, 5], abs=1e-6
     )
     assert table.loc[100, ["mean", "seeds"]].tolist() == [0.5, 1]
@@ -391,7 +391,7 @@ def test_a_summary_lists_the_scores_in_the_order_of_the_seeds(folder: Path) -> N
         for n in (100, 50)
     ]
     rows[0]["test_accuracy"] = float("nan")  # of this run the score is not on record
-    table = Study(read_declaration("tiny", folder), pd.DataFrame(rows)).summary()
+    table = Study(read_declaration("tiny", folder), pd.DataFrame(rows)).summary(by_seed=True)
     assert table.loc[50, "by_seed"] == pytest.approx([0.05, 0.15, 0.25])
     assert table.loc[100, "by_seed"] == pytest.approx([0.1, 0.2])
     assert table["seeds"].tolist() == [3, 2]

@@ -45,7 +45,9 @@ class Study:
             rows = rows[rows[name].isin(several(values.get(name, getattr(self.declaration.base, name))))]
         return rows
 
-    def summary(self, by: str = "rows", score: str = "test_accuracy", **where: Any) -> "pd.DataFrame":
+    def summary(
+        self, by: str = "rows", score: str = "test_accuracy", *, by_seed: bool = False, **where: Any
+    ) -> "pd.DataFrame":
         """Summarise a score over the seeds, for each value of one parameter.
 
         All runs are scored on the same test rows. The intervals therefore cover the variation between seeds (drawn
@@ -54,12 +56,12 @@ class Study:
         Args:
             by: name of a varied parameter.
             score: a column of ``rows``.
+            by_seed: add a column by_seed, the list of the scores in the order of the seeds, which figures draw as dots.
             where: values of other varied parameters, as for ``of``.
 
         Returns:
-            A row per value of the parameter, with the columns mean, low, high, run_low, run_high (see ``over_runs``),
-            seeds, the number of seeds, and by_seed, the list of their scores in the order of the seeds. Leave by_seed
-            out of a table that is shown; ``plots.study`` draws it.
+            A row per value of the parameter, with the columns mean, low, high, run_low, run_high (see ``over_runs``)
+            and seeds, the number of seeds.
 
         Raises:
             ValueError: there is no such parameter, value or score.
@@ -72,8 +74,10 @@ class Study:
         rows = self.of(**where, **{by: list({row[by] for row in self.declaration.rows})})
         groups = rows.sort_values("seed").groupby(by)[score]
         table = pd.DataFrame({value: over_runs(scores) for value, scores in groups}).T
-        by_seed = groups.agg(lambda scores: scores.dropna().tolist())
-        return table.assign(seeds=groups.count(), by_seed=by_seed).rename_axis(index=by, columns=score)
+        table = table.assign(seeds=groups.count())
+        if by_seed:
+            table["by_seed"] = groups.agg(lambda scores: scores.dropna().tolist())
+        return table.rename_axis(index=by, columns=score)
 
     def near_best(self, by: str, score: str, **where: Any) -> list[Any]:
         """Find the value of a parameter with the highest mean score and those that are not clearly worse.
