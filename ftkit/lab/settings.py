@@ -79,7 +79,7 @@ class FullFineTuning(TrainedText):
 
     seed: int = setting("the first seed; the record has 0 to 4", 5, between=(0, 1_000_000))
     pretrained: bool = setting("start from the pretrained weights; if not, from random ones", True)
-    scratch_lr: float = setting("peak learning rate from random weights", 3e-4, gpu=1e-4, between=(1e-7, 1), log=True)
+    scratch_lr: float = setting("peak learning rate from random weights", 1e-4, between=(1e-7, 1), log=True)
     live_rates: list[float] = setting(
         "rates trained live, next to the study", [1e-5, 1e-3], gpu=[1e-6, 1e-3], between=(1e-7, 1)
     )
