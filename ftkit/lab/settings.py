@@ -81,7 +81,7 @@ class FullFineTuning(TrainedText):
     pretrained: bool = setting("start from the pretrained weights; if not, from random ones", True)
     scratch_lr: float = setting("peak learning rate from random weights", 1e-4, between=(1e-7, 1), log=True)
     live_rates: list[float] = setting(
-        "rates trained live, next to the study", [1e-5, 1e-3], gpu=[1e-6, 1e-3], between=(1e-7, 1)
+        "rates trained live, next to the study", [1e-5, 1e-2], gpu=[1e-6, 1e-3], between=(1e-7, 1)
     )
     few_rows: int = setting(
         "training rows of the run that overfits", 200, smoke=32, between=(2, 1_000_000), unit="rows", log=True
@@ -97,7 +97,7 @@ class RowsAndDomains(TrainedText):
 
     seed: int = setting("the first seed; the record has 0 to 4", 5, between=(0, 1_000_000))
     live_rows: list[int] = setting(
-        "rows trained live, next to the study", [100, 500], smoke=[20], between=(2, 1_000_000)
+        "rows trained live, next to the study", [100, 500], smoke=[20], gpu=[500, 2000], between=(2, 1_000_000)
     )
     far_domains: list[Dataset] = setting(
         "other sentiment data that the tuned model is tested on",
