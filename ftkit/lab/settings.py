@@ -80,6 +80,7 @@ class FullFineTuning(TrainedText):
     seed: int = setting("the first seed; the record has 0 to 4", 5, between=(0, 1_000_000))
     pretrained: bool = setting("start from the pretrained weights; if not, from random ones", True)
     scratch_lr: float = setting("peak learning rate from random weights", 1e-4, between=(1e-7, 1), log=True)
+    scratch_seeds: int = setting("seeds of the network from scratch; the record has five", 1, between=(1, 100))
     live_rates: list[float] = setting(
         "rates trained live, next to the study", [1e-5, 1e-2], gpu=[1e-6, 1e-3], between=(1e-7, 1)
     )
