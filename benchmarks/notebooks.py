@@ -10,6 +10,7 @@ notebook 01 into the table of the README, and the minutes of each lesson into do
 import argparse
 import hashlib
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import nbformat
 
 from ftkit.lab.course.guide import GUIDE, filled, replace_between
+from ftkit.lab.course.minutes import sections_of
 from ftkit.lab.results import results_table
 from ftkit.lab.runs.execution import execute
 
@@ -46,7 +48,8 @@ def write(notebook: Path, executed: Path, figures: dict[str, dict[str, float]]) 
             cell.metadata.pop(added, None)
         if not cell.metadata.get("tags", [True]):
             del cell.metadata["tags"]
-    cells.cells[0].source = replace_between("needs", needs_table(figures), cells.cells[0].source)
+    needs = f"{needs_table(figures)}\n\n{reading_minutes(cells)}"
+    cells.cells[0].source = replace_between("needs", needs, cells.cells[0].source)
     nbformat.write(cells, notebook)
     measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
     measured[notebook.stem] = {**figures, **digests(cells)}
@@ -61,6 +64,14 @@ def needs_table(figures: dict[str, dict[str, float]]) -> str:
         for tier in ("smoke", "cpu")
     ]
     return "\n".join(["| tier | time on 2 cores | memory |", "|---|---|---|", *rows, "| gpu | not measured | |"])
+
+
+def reading_minutes(notebook: nbformat.NotebookNode) -> str:
+    """How long a person needs, for the header of the notebook."""
+    sections = sections_of(notebook)
+    read = math.ceil(sum(section.reading_minutes for section in sections))
+    solve = sum(sum(section.exercises.values()) for section in sections)
+    return f"Reading takes about {read} minutes, the exercises about {solve}."
 
 
 def digests(notebook: nbformat.NotebookNode) -> dict[str, str]:

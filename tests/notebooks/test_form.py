@@ -332,7 +332,7 @@ def test_a_lesson_fits_into_an_evening(path: Path) -> None:
         for cell in notebook.cells
         if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", [])
         for line in cell.source.splitlines()
-        if line.strip()
+        if line.strip() and not line.strip().startswith("#")
     ]
     assert (len(notebook.cells) <= 50, len(prose.split()) <= 1500, len(code) <= 300) == (True,) * 3
     visible = [cell for cell in notebook.cells if not cell.metadata.get("jupyter", {}).get("source_hidden")]
