@@ -95,6 +95,7 @@ class RowsAndDomains(TrainedText):
     """Settings of the notebook that goes deeper into full fine-tuning."""
 
     NOTEBOOK: ClassVar = "01_rows_and_domains"
+    PANEL: ClassVar = ()  # it has no control panel
 
     seed: int = setting("the first seed; the record has 0 to 4", 5, between=(0, 1_000_000))
     live_rows: list[int] = setting(

@@ -139,7 +139,7 @@ def test_instructor_edition_has_all_of_it_and_the_mistakes(built: Path) -> None:
         f"**For instructors: warm-up** (1 point, {find_exercise('warm-up').effort})",
         f"**For instructors: accumulation** (2 points, {find_exercise('accumulation').effort})",
     ]
-    assert "| (the beginning) | 3 | warm-up 8, accumulation 5, judgement 8 |" in edition.cells[1].source
+    assert "| (the beginning) | 3 | warm-up 6, accumulation 5, judgement 8 |" in edition.cells[1].source
     exercise = find_exercise("accumulation")
     for said in (*exercise.hints, *map(in_words_of, exercise.mistakes), "return sum(mean_losses) / len(mean_losses)"):
         assert said in notes[2]

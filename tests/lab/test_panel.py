@@ -40,7 +40,7 @@ from ftkit.training.callbacks import Callback
 from ftkit.training.loop import evaluate, fit
 from ftkit.training.state import History, TrainingRun, TrainSettings
 
-SCHEMAS = [item for item in vars(settings).values() if isinstance(item, type) and hasattr(item, "NOTEBOOK")]
+SCHEMAS = [item for item in vars(settings).values() if isinstance(item, type) and getattr(item, "PANEL", ())]
 LABELS = np.arange(40) % 2
 
 
@@ -415,7 +415,7 @@ def test_a_seed_that_took_no_step_is_not_what_is_kept() -> None:
             panel.stop_button.click()
         return tiny_train(settings, seed, callbacks)
 
-    panel = Panel(FullFineTuning.at("smoke", num_epochs=1, num_seeds=3), second_stopped)
+    panel = Panel(FullFineTuning.at("smoke", num_epochs=1, seed=0, num_seeds=3), second_stopped)
     train(panel)
     assert panel.runs[0].ended == "stopped after 1 of 3 seeds"
     rows = make_rows(40, seed=1)
@@ -485,7 +485,7 @@ def test_further_figures_have_columns_with_their_means_over_the_seeds() -> None:
         figures = {"weight_distance": 0.25 + seed} if settings.num_epochs == 2 else {}
         return Outcome(seed, History(), {"test": evaluation()}, figures)
 
-    panel = Panel(FullFineTuning.at("smoke", num_seeds=2), measuring)
+    panel = Panel(FullFineTuning.at("smoke", seed=0, num_seeds=2), measuring)
     for num_epochs in (1, 2):
         panel.controls["num_epochs"].widget.value = num_epochs
         train(panel)
@@ -582,7 +582,7 @@ def check_preview(outputs: list[Any]) -> None:
     """Check that the output is a static preview, which needs no widget."""
     (output,) = outputs
     assert set(output["data"]) == {"text/plain", "text/html"}
-    assert output["data"]["text/plain"].startswith("[control panel: lr 0.0001, schedule linear, ")
+    assert output["data"]["text/plain"].startswith("[control panel: lr 0.0001, pretrained True, schedule linear, ")
     table = BeautifulSoup(output["data"]["text/html"], "html.parser").table
     rows = {row.th.text: [cell.text for cell in row.select("td")] for row in table.select("tbody tr")}
     assert list(rows) == list(FullFineTuning.PANEL)

@@ -20,7 +20,7 @@ from ftkit.errors import SettingsError
 from ftkit.lab import settings
 from ftkit.lab.runs.notebooks import default_parameters
 from ftkit.lab.schema import NotebookSettings
-from ftkit.lab.settings import Adapters, Contrastive, Freezing, FullFineTuning, Prompting, settings_of
+from ftkit.lab.settings import Adapters, Contrastive, Freezing, FullFineTuning, Prompting, RowsAndDomains, settings_of
 from ftkit.lab.studies.declaration import read_declaration
 from ftkit.plots import NO_MATH
 from ftkit.training.state import TrainSettings
@@ -181,8 +181,8 @@ def test_a_notebook_outside_the_kit_has_no_settings() -> None:
 def test_a_given_value_wins_and_none_is_the_default_of_the_tier() -> None:
     chosen = FullFineTuning.at("smoke", lr=3e-4, rows=None, seed=2, num_seeds=3)
     assert (chosen.lr, chosen.rows, chosen.seeds) == (3e-4, 64, [2, 3, 4])
-    assert chosen.differing() == {"lr": (1e-4, 3e-4), "seed": (0, 2), "num_seeds": (1, 3)}
-    assert chosen.changed(lr=1e-4, seed=0, num_seeds=1).differing() == {}
+    assert chosen.differing() == {"lr": (1e-4, 3e-4), "seed": (5, 2), "num_seeds": (1, 3)}
+    assert chosen.changed(lr=1e-4, seed=5, num_seeds=1).differing() == {}
 
 
 def test_the_environment_overrides_the_tier_of_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,12 +204,9 @@ REFUSED = [
     ({"row": 100}, "no parameter 'row': did you mean 'rows'?"),
     ({"schedule": "cosin"}, "did you mean 'cosine'? Give one of linear, cosine, constant"),
     ({"keep_best": "maybe"}, "keep_best='maybe' is not allowed: give true or false ("),
-    ({"live_rows": 3}, "give a list such as [200], each item from 2 to 1,000,000"),
-    ({"live_rows": [200, "x"]}, "live_rows='x' is not allowed: give a list such as [200], each item from"),
     ({"live_rates": [0.1, 7]}, "7 is outside 1e-07 to 1"),
     ({"dataset": "reuter8"}, "did you mean 'reuters8'?"),
     ({"dataset": __file__}, "give a file of your own as `data`"),
-    ({"far_domains": ["tweet-sentimnt"]}, "did you mean 'tweet-sentiment'?"),
     ({"model": "minlm"}, "did you mean 'minilm'?"),
     ({"model": ""}, "model='' is not allowed"),
     ({"data": "no-such.csv"}, "no such file"),
@@ -222,6 +219,19 @@ def test_a_wrong_value_is_refused_in_one_line(wrong: dict, words: str) -> None:
         FullFineTuning.at("cpu", **wrong)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"live_rows": 3}, "give a list such as [100, 500], each item from 2 to 1,000,000"),
+        ({"live_rows": [200, "x"]}, "live_rows='x' is not allowed: give a list such as [100, 500], each item from"),
+        ({"far_domains": ["tweet-sentimnt"]}, "did you mean 'tweet-sentiment'?"),
+    ],
+)
+def test_a_wrong_item_of_a_list_is_refused_in_one_line(wrong: dict, words: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(words)):
+        RowsAndDomains.at("cpu", **wrong)
 
 
 @pytest.mark.parametrize("good", [{"dataset": "owner/name"}, {"model": "owner/name"}, {"label": 1}, {"data": __file__}])

@@ -418,7 +418,7 @@ def test_settings_to_which_a_study_applies(folder: Path) -> None:
     study = Study(read_declaration("tiny", folder), pd.DataFrame())
     ours = FullFineTuning.at("cpu", rows=100, test_rows=40)
     assert study.differing(ours, by="rows") == []
-    assert study.differing(ours.changed(seed=7, num_seeds=1, live_rows=[20], rows=60, keep=True), by="rows") == []
+    assert study.differing(ours.changed(seed=7, num_seeds=1, live_rates=[1e-5], rows=60, keep=True), by="rows") == []
     assert study.differing(ours.changed(rows=60, schedule="cosine"), by="lr") == ["rows", "schedule"]
     assert study.differing(ours.changed(data=__file__), by="rows") == ["data"]  # a file replaces the data set
 
