@@ -107,7 +107,7 @@ def test_help_after_a_notebook_lists_its_parameters(
     assert exit_.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith("usage: ftkit run [-h] [-p NAME=VALUE]")
-    assert ("peak learning rate of full fine-tuning" in out) == listed
+    assert ("start from the pretrained weights" in out) == listed
 
 
 def test_a_study_runs_only_the_rows_with_given_values(

@@ -172,7 +172,7 @@ def test_the_page_needs_no_network(folder: Path) -> None:
     drawn = "lr=0.01, linear probe 0.62 (seeds 0.50, 0.75), lr=0.1, linear probe 0.70."
     assert figures[0]["alt"] == f"Accuracy, with 95 % interval: {drawn}"
     text = page.get_text(" ", strip=True)
-    assert "0.1 linear probe 0.700 0.556 to 0.844 3 12,770 2.0 300" in text
+    assert "0.1 linear probe 0.700 0.556 to 0.844 3 12,770 2.0" in text
     assert "a <b>" in text and "long" * 30 in text
     assert "somebody" not in path.read_text(encoding="utf-8")
     assert figures[1]["alt"].count("data=…/my.csv") == 3  # the same name in two folders: both are drawn
