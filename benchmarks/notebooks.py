@@ -10,21 +10,19 @@ notebook 01 into the table of the README, and the minutes of each lesson into do
 import argparse
 import hashlib
 import json
-import math
 import os
 import tempfile
 from pathlib import Path
 
 import nbformat
 
-from ftkit.lab.course.guide import GUIDE, filled, replace_between
-from ftkit.lab.course.minutes import sections_of
+from ftkit.lab.course.guide import GUIDE, MEASURED, filled, replace_between
+from ftkit.lab.course.minutes import sections_of, total_minutes
 from ftkit.lab.results import results_table
 from ftkit.lab.runs.execution import execute
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 README = Path(__file__).parents[1] / "README.md"
-MEASURED = Path(__file__).parents[1] / "data" / "measured.json"
 SHOWN_IN_README = "01_full_fine_tuning"
 
 
@@ -68,9 +66,7 @@ def needs_table(figures: dict[str, dict[str, float]]) -> str:
 
 def reading_minutes(notebook: nbformat.NotebookNode) -> str:
     """How long a person needs, for the header of the notebook."""
-    sections = sections_of(notebook)
-    read = math.ceil(sum(section.reading_minutes for section in sections))
-    solve = sum(sum(section.exercises.values()) for section in sections)
+    read, solve = total_minutes(sections_of(notebook))
     return f"Reading takes about {read} minutes, the exercises about {solve}."
 
 

@@ -13,7 +13,14 @@ from typing import Any
 from ftkit.lab.course.build import LESSONS_FOLDER
 from ftkit.lab.course.exercises import all_exercises
 from ftkit.lab.course.judging import in_words_of
-from ftkit.lab.course.minutes import LINES_A_MINUTE, USUAL_MINUTES, WORDS_A_MINUTE, sections_of, sections_table
+from ftkit.lab.course.minutes import (
+    LINES_A_MINUTE,
+    USUAL_MINUTES,
+    WORDS_A_MINUTE,
+    sections_of,
+    sections_table,
+    total_minutes,
+)
 from ftkit.lab.results import write_whole
 
 GUIDE = Path(__file__).parents[3] / "docs" / "instructors.md"
@@ -65,13 +72,12 @@ def minutes_of_lessons(measured: Mapping[str, Any]) -> str:
     known = {exercise.name for exercises in all_exercises().values() for exercise in exercises}
     unknown = set()
     for title, stem, sections in _lessons():
-        read = math.ceil(sum(section.reading_minutes for section in sections))
-        tasks = {name: minutes for section in sections for name, minutes in section.exercises.items()}
-        if set(tasks) - known:
+        read, solve = total_minutes(sections)
+        tasks = {name for section in sections for name in section.exercises}
+        if tasks - known:
             unknown.add(stem[:2])
         seconds = measured.get(stem, {}).get("cpu", {}).get("seconds")
         run = math.ceil(seconds / 60) if seconds else None
-        solve = sum(tasks.values())
         shown = [title, read, f"{solve} ({len(tasks)})", run or "not measured", read + solve + (run or 0)]
         lines.append(f"| {' | '.join(map(str, shown))} |")
     notes = (

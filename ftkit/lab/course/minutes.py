@@ -81,6 +81,12 @@ def _read_prose(source: str, sections: list[Section]) -> None:
             sections[-1].words += sum(bool(re.search(r"\w", word)) for word in line.split())
 
 
+def total_minutes(sections: list[Section]) -> tuple[int, int]:
+    """Minutes to read a lesson, rounded up, and for its exercises."""
+    read = math.ceil(sum(section.reading_minutes for section in sections))
+    return read, sum(sum(section.exercises.values()) for section in sections)
+
+
 def sections_table(sections: list[Section]) -> str:
     """Minutes of the sections of a lesson, as Markdown."""
     lines = ["| section | read | exercises |", "|---|---|---|"]
